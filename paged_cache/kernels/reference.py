@@ -34,8 +34,10 @@ def paged_attention(
         sinks: `[num_heads]`, one extra logit per head in the softmax denominator (GPT-OSS).
 
     Returns:
-        `[batch, q_len, num_heads, v_head_dim]` in the dtype of `query`, contiguous.
+        `[batch, q_len, num_heads, v_head_dim]` in the dtype of `query`, contiguous. Computed in float32, or in float64
+        if `query` is float64.
     """
+    dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads, q_len = query.shape[1], query.shape[2]
     block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
     device = query.device
@@ -51,18 +53,19 @@ def paged_attention(
 
     seen = visible.any(1)[..., None, None]  # [batch, kv_len, 1, 1]: the rest may be uninitialised memory
     table = block_table.long().clamp(min=0)
-    keys = key_cache[table].flatten(1, 2).float().masked_fill(~seen, 0.0)
-    values = value_cache[table].flatten(1, 2).float().masked_fill(~seen, 0.0)
+    keys = key_cache[table].flatten(1, 2).to(dtype).masked_fill(~seen, 0.0)
+    values = value_cache[table].flatten(1, 2).to(dtype).masked_fill(~seen, 0.0)
     group = num_heads // num_kv_heads
     keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
 
-    scores = torch.einsum("bhqd,bkhd->bhqk", query.float(), keys) * scale
+    scores = torch.einsum("bhqd,bkhd->bhqk", query.to(dtype), keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., :kv_len]
+    # A row of nothing but -inf becomes NaN, which is zeroed here; a NaN from the model stays visible.
+    probs = torch.softmax(scores, dim=-1)[..., :kv_len].masked_fill(~visible[:, None], 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", probs, values)
     return out.to(query.dtype).contiguous()

@@ -35,6 +35,7 @@ def build(name):
     config = tiny_config(config_class_of(name, model_class))
     torch.manual_seed(SEED)
     model = model_class(config).float().eval()
+    untie(model)
     randomise(model)
     model.generation_config = GenerationConfig(
         pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS if config.is_encoder_decoder else None
@@ -80,6 +81,13 @@ def mixed_layers(config_class):
     if len(kinds) < 2:
         return {}
     return {"num_hidden_layers": MIXED_LAYERS, "layer_types": (kinds * MIXED_LAYERS)[:MIXED_LAYERS]}
+
+
+def untie(model):
+    """Give a tied output layer weights of its own: tied random ones repeat their input for ever."""
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is model.get_input_embeddings().weight:
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What the tiny config of one model type needs besides the general sizes, by the model type of the (sub-)config.
 
-For a sub-config the value is a model type to use in its place, a dict of values, or None to leave it out.
+For a sub-config the value is a dict of values, its model type among them where another is to be used, or None.
 """
 
 from tests.architectures.sizes import WINDOW
@@ -144,16 +144,25 @@ WINDOWS = {
 }
 
 OTHERS = {
+    "blt": {
+        "num_hidden_layers": 2,
+        "patch_in_forward": False,
+        "encoder_hash_byte_group_size": [2, 3],
+        "encoder_hash_byte_group_vocab": 64,
+    },
     "cpmant": {"prompt_length": 4, "position_bias_num_buckets": 16, "position_bias_max_distance": 64, "dim_ff": 32},
-    "fsmt": {},
     "kosmos_2_5_text_model": {"layers": 2},
     "kosmos_2_text_model": {"layers": 2},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 
+SIGLIP = {"model_type": "siglip_vision_model"}
+
 PERCEPTION = {
-    "ernie4_5_vl_moe_text": MROPE | {"moe_intermediate_size": [16, 16]},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": rope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]},
+    "fast_vlm": {"vision_config": SIGLIP},
     "florence_vision": {
         "embed_dim": [8, 8, 8, 32],
         "num_heads": [2, 2, 2, 2],
@@ -162,9 +171,6 @@ PERCEPTION = {
         "patch_size": [7, 3, 3, 3],
         "projection_dim": 32,
     },
-    "gemma3n": {"vision_config": "siglip_vision_model"},
-    "fast_vlm": {"vision_config": "siglip_vision_model"},
-    "perception_lm": {"vision_config": "siglip_vision_model"},
     "glm4v_moe_text": {"rope_parameters": rope(mrope_section=[2, 1, 1], partial_rotary_factor=1.0)},
     "glm5_next_text": MLA | {"qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 4},
     "hunyuan_vl_text": {"rope_parameters": rope(xdrope_section=[1, 1, 1, 1])},
@@ -175,7 +181,35 @@ PERCEPTION = {
         "kv_source_layers": [0, 1, 0, 3],
         "indexer_types": ["full", "full", "shared", "full"],
     },
-    "nemotron_h_omni": {"audio_config": None},
+    "granite4_vision": {
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64},
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 1],
+    },
+    "inkling_vision": {"num_hidden_layers": 8},
+    "molmo2": {"image_size": [16, 16]},
+    "muse_spark_audio": {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [32], "depths": [1]},
+    "nemotron_h_omni": {"audio_config": None, "vision_config": {"video_temporal_patch_size": 2}},
+    "perception_lm": {"vision_config": SIGLIP | {"model_args": {"embed_dim": 32}}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},
 }
 
 OVERRIDES: dict[str, dict] = LATENT_ATTENTION | MULTIMODAL_ROPE | HYBRID | WINDOWS | OTHERS | PERCEPTION
+
+# A vision tower that needs no other library, where the config class takes no other by itself.
+STAND_INS = {
+    "gemma3n": {
+        "vision_config": SIGLIP | {"vocab_size": 128, "vocab_offset": 128, "rms_norm_eps": 1e-6, "do_pooling": False}
+    },
+}
+
+# Where text alone does not get through the whole model.
+SUBMODELS = {
+    "blip": "text_decoder",
+    "blip-2": "language_model",
+    "instructblip": "language_model",
+    "instructblipvideo": "language_model",
+    "kosmos-2": "text_model",
+}

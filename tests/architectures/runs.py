@@ -5,32 +5,14 @@ import inspect
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from tests.architectures.sizes import PAD, VOCAB_SIZE
-
-PROMPT_LENGTHS = (5, 12, 20)
 NEW_TOKENS = 24
 SECOND_TURN = 4
-FIRST_WORD = 10
 CHECKS = {
     "greedy": {},
     "beam": {"num_beams": 3},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
     "two_turns": {},
 }
-
-
-def words(*shape):
-    """Random token ids clear of the special ones."""
-    return torch.randint(FIRST_WORD, VOCAB_SIZE - FIRST_WORD, shape)
-
-
-def left_padded_prompts():
-    """Three prompts of different length and their attention mask."""
-    torch.manual_seed(1)
-    input_ids = torch.full((len(PROMPT_LENGTHS), max(PROMPT_LENGTHS)), PAD)
-    for row, length in enumerate(PROMPT_LENGTHS):
-        input_ids[row, -length:] = words(length)
-    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
 
 
 def cache_argument(model):

@@ -1,6 +1,7 @@
 """Tiny random models for every architecture of the installed transformers."""
 
 import dataclasses
+import operator
 
 import torch
 import transformers
@@ -8,7 +9,8 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.architectures.overrides import OVERRIDES
+from tests.architectures.inputs import EXTRA_INPUTS
+from tests.architectures.overrides import OVERRIDES, STAND_INS, SUBMODELS
 from tests.architectures.sizes import BOS, PAD, SIZES
 
 SEED = 0
@@ -33,14 +35,18 @@ def build(name):
     """Return the tiny model of one architecture, in evaluation mode, and the extra arguments its generate needs."""
     model_class = getattr(transformers, ARCHITECTURES[name])
     config = tiny_config(config_class_of(name, model_class))
+    for key, value in STAND_INS.get(name, {}).items():
+        vars(config)[key] = tiny_config(CONFIG_MAPPING[value["model_type"]], **value)
     torch.manual_seed(SEED)
     model = model_class(config).float().eval()
+    model = operator.attrgetter(SUBMODELS[name])(model) if name in SUBMODELS else model
     untie(model)
     randomise(model)
     model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS if config.is_encoder_decoder else None
+        pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS if model.config.is_encoder_decoder else None
     )
-    return model, {}
+    torch.manual_seed(SEED)
+    return model, EXTRA_INPUTS[name]() if name in EXTRA_INPUTS else {}
 
 
 def config_class_of(name, model_class):
@@ -54,6 +60,7 @@ def config_class_of(name, model_class):
 def tiny_config(config_class, **values):
     """Build a tiny config of this class, sub-configs included; `values` come last."""
     values = OVERRIDES.get(config_class.model_type or config_class.__name__, {}) | values
+    values.pop("model_type", None)
     fields = {field.name for field in dataclasses.fields(config_class)}
     kwargs = {key: value for key, value in SIZES.items() if key in fields} | values
     kwargs |= {key: tiny_sub_config(config_class, key, values) for key in config_class.sub_configs}
@@ -63,12 +70,12 @@ def tiny_config(config_class, **values):
 
 
 def tiny_sub_config(config_class, key, values):
-    """Build one sub-config; its override is a model type, a dict of values, or None to leave it out."""
+    """Build one sub-config; its override is a dict of values, or None to leave it out."""
     override = values.get(key, {})
     if override is None:
         return None
-    if isinstance(override, str):
-        return tiny_config(CONFIG_MAPPING[override])
+    if "model_type" in override:
+        return tiny_config(CONFIG_MAPPING[override["model_type"]], **override)
     sub_class = config_class.sub_configs[key]
     if sub_class is AutoConfig:
         sub_class = type(getattr(config_class(), key))
@@ -86,7 +93,7 @@ def mixed_layers(config_class):
 def untie(model):
     """Give a tied output layer weights of its own: tied random ones repeat their input for ever."""
     output = model.get_output_embeddings()
-    if output is not None and output.weight is model.get_input_embeddings().weight:
+    if isinstance(output, torch.nn.Linear):
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
 
 

@@ -38,7 +38,8 @@ def prompts(model):
 
 def codebooks():
     """One row of prompt per codebook."""
-    return {"input_ids": left_padded_prompts()["input_ids"].repeat_interleave(NUM_CODEBOOKS, 0)}
+    input_ids = left_padded_prompts()["input_ids"].repeat_interleave(NUM_CODEBOOKS, 0)
+    return {"input_ids": input_ids, "pad_token_id": VOCAB_SIZE}
 
 
 def pixels():
@@ -67,11 +68,11 @@ def boxes():
 
 
 EXTRA_INPUTS = {
-    "idefics": images_in_sequence,
+    "itt:idefics": images_in_sequence,
     "musicgen": codebooks,
     "musicgen_melody": codebooks,
-    "pix2struct": flattened_patches,
-    "pp_formulanet": pixels,
-    "udop": boxes,
-    "vision-encoder-decoder": pixels,
+    "itt:pix2struct": flattened_patches,
+    "itt:pp_formulanet": pixels,
+    "itt:udop": boxes,
+    "itt:vision-encoder-decoder": pixels,
 }

@@ -32,7 +32,6 @@ LATENT_ATTENTION = dict.fromkeys(
         "glm4_moe_lite",
         "glm_moe_dsa",
         "kimi_linear",
-        "longcat_flash",
         "minicpm3",
         "mistral4",
         "youtu",
@@ -102,17 +101,17 @@ WINDOWS = {
         o_lora_rank=16,
     ),
     "dots3_note_text": MLA
-    | dict(
-        swa_num_attention_heads=2,
-        swa_num_key_value_heads=2,
-        swa_q_lora_rank=16,
-        swa_kv_lora_rank=32,
-        swa_head_dim=16,
-        swa_qk_nope_head_dim=8,
-        swa_v_head_dim=16,
-        head_dim=16,
-        shared_experts_intermediate_size=16,
-    ),
+    | {
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+        "head_dim": 16,
+        "shared_experts_intermediate_size": 16,
+    },
     "gemma3n_text": layers(
         SLIDING,
         FULL,
@@ -144,23 +143,44 @@ WINDOWS = {
 }
 
 OTHERS = {
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "DbrxFFNConfig": {"moe_top_k": 2},
     "blt": {
         "num_hidden_layers": 2,
         "patch_in_forward": False,
         "encoder_hash_byte_group_size": [2, 3],
         "encoder_hash_byte_group_vocab": 64,
     },
-    "cpmant": {"prompt_length": 4, "position_bias_num_buckets": 16, "position_bias_max_distance": 64, "dim_ff": 32},
+    "cpmant": {
+        "dim_head": 8,
+        "prompt_length": 4,
+        "position_bias_num_buckets": 16,
+        "position_bias_max_distance": 64,
+        "dim_ff": 32,
+    },
+    "fsmt": {"src_vocab_size": 128, "tgt_vocab_size": 128},
     "kosmos_2_5_text_model": {"layers": 2},
     "kosmos_2_text_model": {"layers": 2},
+    "led": {
+        "max_encoder_position_embeddings": 256,
+        "max_decoder_position_embeddings": 256,
+        "attention_window": [8, 8, 8],
+    },
+    "longcat_flash": MLA | {"expert_ffn_hidden_size": 16, "zero_expert_num": 2},
     "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 
 SIGLIP = {"model_type": "siglip_vision_model"}
+INKLING = {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
 
 PERCEPTION = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "cohere2_vision": {"alignment_intermediate_size": 32},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
     "ernie4_5_vl_moe_text": {"rope_parameters": rope(mrope_section=[1, 1, 2]), "moe_intermediate_size": [16, 16]},
     "fast_vlm": {"vision_config": SIGLIP},
     "florence_vision": {
@@ -187,13 +207,30 @@ PERCEPTION = {
         "downsample_rate": "1/2",
         "spatial_target_layers": [0, 1],
     },
+    "granite_speech_encoder": {"hidden_dim": 32, "dim_head": 8, "context_size": 8},
+    "granite_speech_plus_encoder": {"hidden_dim": 32, "dim_head": 8, "context_size": 8},
+    "inkling_text": INKLING,
+    "inkling2_text": INKLING,
     "inkling_vision": {"num_hidden_layers": 8},
-    "molmo2": {"image_size": [16, 16]},
+    "molmo2_adapter": {"vision_feature_layer": [-1]},
+    "molmo2_vision": {"image_size": [16, 16], "num_key_value_heads": 4},
+    "muse_spark_text": {"moe_hidden_size": 32},
     "muse_spark_audio": {"num_hidden_layers": 1, "patch_sizes": [4], "hidden_sizes": [32], "depths": [1]},
     "nemotron_h_omni": {"audio_config": None, "vision_config": {"video_temporal_patch_size": 2}},
+    "Nemotron3DiarizationHeadConfig": {"audio_hidden_size": 32},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 127},
     "perception_lm": {"vision_config": SIGLIP | {"model_args": {"embed_dim": 32}}},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
+    "pp_formulanet_vision": {
+        "output_channels": 32,
+        "post_conv_in_channels": 32,
+        "post_conv_mid_channels": 32,
+        "post_conv_out_channels": 32,
+        "decoder_hidden_size": 32,
+    },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
 }
 
 OVERRIDES: dict[str, dict] = LATENT_ATTENTION | MULTIMODAL_ROPE | HYBRID | WINDOWS | OTHERS | PERCEPTION
@@ -207,9 +244,9 @@ STAND_INS = {
 
 # Where text alone does not get through the whole model.
 SUBMODELS = {
-    "blip": "text_decoder",
-    "blip-2": "language_model",
-    "instructblip": "language_model",
-    "instructblipvideo": "language_model",
-    "kosmos-2": "text_model",
+    "itt:blip": "text_decoder",
+    "itt:blip-2": "language_model",
+    "itt:instructblip": "language_model",
+    "itt:instructblipvideo": "language_model",
+    "itt:kosmos-2": "text_model",
 }

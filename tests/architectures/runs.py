@@ -1,17 +1,19 @@
-"""How the sweep generates: prompts, checks and caches."""
+"""How the sweep generates: the checks, the caches, and what of their outcome is compared."""
 
 import inspect
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from tests.architectures.inputs import prompts, words
+
 NEW_TOKENS = 24
-SECOND_TURN = 4
+SECOND_QUESTION = 4
 CHECKS = {
     "greedy": {},
-    "beam": {"num_beams": 3},
+    "second turn": {},
+    "beam search": {"num_beams": 3},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
-    "two_turns": {},
 }
 
 
@@ -21,15 +23,37 @@ def cache_argument(model):
 
 
 def dynamic_cache(model):
-    """The cache that transformers itself would use."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not model.config.is_encoder_decoder:
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+    """The cache that transformers itself would use, for the decoder's own tokens."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def generate(model, cache, inputs, **options):
-    """Generate with this cache, never stopping early."""
+def with_cross_attention(model, cache):
+    """The cache as generate takes it: a decoder after an encoder needs a second one for what the encoder said."""
+    return EncoderDecoderCache(cache, dynamic_cache(model)) if model.config.is_encoder_decoder else cache
+
+
+def run(model, extra_inputs, check, cache):
+    """Generate with this cache; returns the tokens of all rows, those of the last turn where there are two."""
+    inputs = prompts(model) | extra_inputs
+    cache = {cache_argument(model): with_cross_attention(model, cache)}
+    output = generate(model, inputs | cache, **CHECKS[check])
+    if check != "second turn":
+        return output
+    return generate(model, inputs | next_turn(model, inputs, output) | cache)
+
+
+def generate(model, inputs, **options):
+    """Generate from a fixed seed, never stopping early."""
     torch.manual_seed(2)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None} | options
-    return model.generate(**inputs, **options, **{cache_argument(model): cache})
+    defaults = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_return_sequences": 1, "eos_token_id": None}
+    return model.generate(**defaults | inputs | options)
+
+
+def next_turn(model, inputs, output):
+    """The whole conversation so far and a new question."""
+    conversation = torch.cat([output, words(len(output), SECOND_QUESTION)], dim=1)
+    if model.config.is_encoder_decoder:
+        return {"decoder_input_ids": conversation}
+    new = conversation.shape[1] - inputs["attention_mask"].shape[1]
+    ones = inputs["attention_mask"].new_ones(len(conversation), new)
+    return {"input_ids": conversation, "attention_mask": torch.cat([inputs["attention_mask"], ones], dim=1)}

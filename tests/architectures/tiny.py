@@ -20,13 +20,13 @@ MIXED_LAYERS = 4
 
 CAUSAL = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TEXT_SIDE = {
-    name: model
-    for mapping in (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    f"{prefix}:{name}": model
+    for prefix, mapping in (
+        ("itt", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("s2s", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     )
     for name, model in mapping.items()
-    if name not in CAUSAL
+    if CAUSAL.get(name) != model
 }
 ARCHITECTURES = CAUSAL | TEXT_SIDE
 
@@ -42,16 +42,14 @@ def build(name):
     model = operator.attrgetter(SUBMODELS[name])(model) if name in SUBMODELS else model
     untie(model)
     randomise(model)
-    model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS if model.config.is_encoder_decoder else None
-    )
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS)
     torch.manual_seed(SEED)
     return model, EXTRA_INPUTS[name]() if name in EXTRA_INPUTS else {}
 
 
 def config_class_of(name, model_class):
     """Return the config class to build: a text-only class of a multimodal architecture takes the text config alone."""
-    config_class = CONFIG_MAPPING[name]
+    config_class = CONFIG_MAPPING[name.split(":")[-1]]
     if model_class.config_class in config_class.sub_configs.values():
         return model_class.config_class
     return config_class

@@ -1,0 +1,36 @@
+"""What every test gets: no network, one seed, one thread per worker, and GPU tests only where there is a GPU."""
+
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+SEED = 0
+
+# Two workers on two busy cores: a deadline per example would report the machine, not the code.
+settings.register_profile("paged_cache", deadline=None, print_blob=True)
+settings.load_profile("paged_cache")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Give every test the same random numbers, whatever ran before it."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)

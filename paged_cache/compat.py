@@ -1,0 +1,57 @@
+"""Every question about the version or the presence of another library."""
+
+import logging
+import sys
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicCache
+
+MIN_TRANSFORMERS = "5.17"
+
+if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
+    raise ImportError(
+        f"paged_cache needs transformers>={MIN_TRANSFORMERS}, found {transformers.__version__}: pip install -U transformers"
+    )
+
+logger = logging.getLogger("paged_cache")
+
+
+class _NoLayer:
+    """Stands for a class that this version of transformers does not have."""
+
+
+DummyLayer: type = getattr(cache_utils, "DummyLayer", _NoLayer)  # transformers >= 5.20
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the decoder that generates text, in models of any make."""
+    return config.get_text_config(decoder=True)
+
+
+def layer_configs(config: PreTrainedConfig, num_layers: int) -> list[PreTrainedConfig]:
+    """One config per layer; they differ in heterogeneous models (transformers >= 5.20)."""
+    per_layer = list(getattr(config, "per_layer_config", None) or [])
+    return per_layer if len(per_layer) == num_layers else [config] * num_layers
+
+
+def dynamic_layers(config: PreTrainedConfig) -> list[Any]:
+    """The cache layers that transformers itself would use for this decoder."""
+    return list(DynamicCache(config=config).layers)
+
+
+def peft_tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Layers of `model` that carry peft adapters. Does not import peft: without it there are none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+
+
+def base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside a `PeftModel`, or the model itself."""
+    peft = sys.modules.get("peft")
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model

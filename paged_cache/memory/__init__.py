@@ -1,0 +1,1 @@
+"""Who owns which block: bookkeeping in plain Python, and the tensors behind it."""

@@ -1,0 +1,151 @@
+"""States of blocks: which are free, referenced or cached. Plain Python."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError
+
+
+@dataclass
+class AllocatorCounters:
+    """Blocks over the allocator's lifetime."""
+
+    allocated: int = 0
+    freed: int = 0
+    evictions: int = 0
+
+
+class BlockAllocator:
+    """Moves blocks between their states; nothing else changes reference counts.
+
+    free -> (`allocate`) -> referenced -> (last `release`) -> cached, if the prefix index holds the block, else free.
+    A cached block becomes referenced again through `acquire`, or free when it is evicted (least recently used first)
+    or forgotten by the index.
+
+    Args:
+        num_blocks: Size of the pool.
+        on_evict: Called with a block id when a cached block is taken away from the prefix index.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None] | None = None) -> None:
+        if num_blocks < 1:
+            raise InvalidRequestError(f"num_blocks is {num_blocks}; a pool needs at least 1 block.")
+        self.num_blocks = num_blocks
+        self.counters = AllocatorCounters()
+        self._on_evict = on_evict or (lambda block: None)
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: memory that is warm is reused first
+        self._ref_counts = [0] * num_blocks
+        self._indexed: set[int] = set()
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now; cached ones count, since they are evicted on demand."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks without a reference that still hold a reusable prefix."""
+        return len(self._cached)
+
+    def ref_count(self, block: int) -> int:
+        """Number of tables that hold `block`."""
+        return self._ref_counts[block]
+
+    def is_indexed(self, block: int) -> bool:
+        """Whether the prefix index holds `block`."""
+        return block in self._indexed
+
+    def can_allocate(self, num_blocks: int) -> bool:
+        """Whether `allocate(num_blocks)` would succeed. No side effect."""
+        return num_blocks <= self.num_free
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Gives `num_blocks` blocks with one reference each, evicting cached ones if it must.
+
+        Raises:
+            OutOfBlocksError: Too few blocks; nothing was changed.
+        """
+        if num_blocks > self.num_free:
+            raise OutOfBlocksError(num_blocks, self.num_free)
+        while len(self._free) < num_blocks:
+            self.evict_one()
+        cut = len(self._free) - num_blocks
+        blocks = self._free[cut:][::-1]
+        del self._free[cut:]
+        for block in blocks:
+            self._ref_counts[block] = 1
+        self.counters.allocated += num_blocks
+        return blocks
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Adds one reference to each of `blocks`, which are referenced or cached."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> list[int]:
+        """Takes one reference from each of `blocks` and returns those that became free.
+
+        Blocks come to the eviction order as they are given: pass a sequence's last block first, so that the start of
+        a prompt, which others are more likely to share, outlives its end.
+        """
+        freed = []
+        for block in blocks:
+            count = self._ref_counts[block] - 1
+            if count < 0:
+                raise PagedCacheError(f"block {block} was released more often than it was acquired")
+            self._ref_counts[block] = count
+            if count == 0:
+                if block in self._indexed:
+                    self._cached[block] = None
+                else:
+                    freed.append(block)
+        self._add_free(freed)
+        return freed
+
+    def mark_indexed(self, block: int) -> None:
+        """The prefix index now holds `block`: on its last release it stays as cached."""
+        self._indexed.add(block)
+
+    def unmark_indexed(self, block: int) -> None:
+        """The prefix index let `block` go: a cached block becomes free."""
+        self._indexed.discard(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._add_free([block])
+
+    def evict_one(self) -> None:
+        """Frees the least recently used cached block."""
+        block = next(iter(self._cached))
+        self.counters.evictions += 1
+        self._on_evict(block)
+        if block in self._cached:
+            raise PagedCacheError(f"on_evict kept block {block} in the prefix index")
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises `PagedCacheError` unless `tables` explain every reference and each block is in exactly one state."""
+        counts = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                counts[block] += 1
+        if counts != self._ref_counts:
+            wrong = [(b, c, r) for b, (c, r) in enumerate(zip(counts, self._ref_counts, strict=True)) if c != r]
+            raise PagedCacheError(f"references (block, in tables, counted): {wrong[:8]}")
+        referenced = {block for block, count in enumerate(counts) if count}
+        states = [*referenced, *self._cached, *self._free]
+        if len(states) != self.num_blocks or len(set(states)) != self.num_blocks:
+            raise PagedCacheError(
+                f"{len(referenced)} referenced + {len(self._cached)} cached + {len(self._free)} free blocks "
+                f"do not make {self.num_blocks} distinct ones"
+            )
+        if not set(self._cached) <= self._indexed:
+            raise PagedCacheError("a cached block is not in the prefix index")
+        if self._indexed & set(self._free):
+            raise PagedCacheError("a free block is still in the prefix index")
+
+    def _add_free(self, blocks: list[int]) -> None:
+        self._free.extend(reversed(blocks))
+        self.counters.freed += len(blocks)

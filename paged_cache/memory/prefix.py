@@ -1,0 +1,122 @@
+"""Finds blocks by the tokens they hold. Plain Python."""
+
+from collections.abc import Hashable, Iterator, Sequence
+
+from ..errors import PagedCacheError
+
+Tokens = tuple[int, ...]
+
+
+class PrefixNode:
+    """One full block of tokens behind a known prefix: the prefix is the path from a root to this node.
+
+    Attributes:
+        parent: Node of the tokens before, None for a root.
+        tokens: The `block_size` token ids of this block, () for a root.
+        depth: Number of blocks from the root.
+        blocks: Per layer group the block that holds K and V of these tokens, or None.
+        children: Continuations by token ids. The lookup compares the ids themselves; a hash alone is never believed.
+        attached: Whether the path from the root leads here; False after the node was pruned.
+        key: What a root stands for, None below.
+    """
+
+    __slots__ = ("attached", "blocks", "children", "depth", "key", "parent", "tokens")
+
+    def __init__(self, parent: "PrefixNode | None", tokens: Tokens, num_groups: int, key: Hashable = None) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.depth = parent.depth + 1 if parent else 0
+        self.blocks: list[int | None] = [None] * num_groups
+        self.children: dict[Tokens, PrefixNode] = {}
+        self.key = key
+        self.attached = True
+
+    def is_empty(self) -> bool:
+        """Whether the node holds no block and leads to none."""
+        return not self.children and all(block is None for block in self.blocks)
+
+
+class PrefixIndex:
+    """A trie over blocks of token ids, with one root for everything else that K and V depend on (weights, salt, ...)."""
+
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self._roots: dict[Hashable, PrefixNode] = {}
+        self._places: dict[int, tuple[PrefixNode, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def blocks(self) -> Iterator[int]:
+        """All blocks in the index."""
+        return iter(list(self._places))
+
+    def root(self, key: Hashable) -> PrefixNode:
+        """The start of all prefixes under `key`; made on first use."""
+        node = self._roots.get(key)
+        if node is None:
+            node = self._roots[key] = PrefixNode(None, (), self.num_groups, key)
+        return node
+
+    def insert(self, parent: PrefixNode, tokens: Tokens) -> PrefixNode:
+        """The node of `tokens` behind `parent`; made if it is not there."""
+        parent = self._attached(parent)
+        node = parent.children.get(tokens)
+        if node is None:
+            node = parent.children[tokens] = PrefixNode(parent, tokens, self.num_groups)
+        return node
+
+    def put(self, node: PrefixNode, group: int, block: int) -> None:
+        """Lets `block` stand for `node` in `group`, where there was none."""
+        if node.blocks[group] is not None or block in self._places:
+            raise PagedCacheError(f"block {block} or its place in the prefix index is taken already")
+        node.blocks[group] = block
+        self._places[block] = (node, group)
+
+    def remove(self, block: int) -> None:
+        """Forgets `block`, and nodes that lead nowhere without it."""
+        node, group = self._places.pop(block)
+        node.blocks[group] = None
+        self._prune(node)
+
+    def match(self, root: PrefixNode, tokens: Sequence[int], block_size: int) -> list[PrefixNode]:
+        """The nodes of the longest known path that spells the start of `tokens`, whatever blocks they still have."""
+        nodes, node = [], root
+        for start in range(0, len(tokens) - block_size + 1, block_size):
+            child = node.children.get(tuple(tokens[start : start + block_size]))
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        return nodes
+
+    def drop_unused_roots(self) -> None:
+        """Forgets roots without a continuation (old weights, salts of tenants that are gone)."""
+        self._roots = {key: root for key, root in self._roots.items() if root.children}
+
+    def check(self, is_indexed: set[int]) -> None:
+        """Raises `PagedCacheError` unless nodes and places agree with each other and with the allocator's marks."""
+        if set(self._places) != is_indexed:
+            raise PagedCacheError(f"indexed blocks differ: {sorted(set(self._places) ^ is_indexed)[:8]}")
+        for block, (node, group) in self._places.items():
+            if node.blocks[group] != block:
+                raise PagedCacheError(f"block {block} is not where the prefix index says")
+
+    def _attached(self, node: PrefixNode) -> PrefixNode:
+        """The node that stands for `node` in the trie; pruned ones are put back."""
+        detached = []
+        while node.parent is not None and not node.attached:
+            detached.append(node)
+            node = node.parent
+        if node.parent is None:
+            node = self._roots.setdefault(node.key, node)
+        for child in reversed(detached):
+            child.parent, child.attached = node, True
+            node = node.children.setdefault(child.tokens, child)
+        return node
+
+    def _prune(self, node: PrefixNode) -> None:
+        while node.parent is not None and node.attached and node.is_empty():
+            del node.parent.children[node.tokens]
+            node.attached = False
+            node = node.parent

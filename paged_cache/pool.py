@@ -1,0 +1,291 @@
+"""The pool of blocks that all caches of a model draw from."""
+
+import inspect
+import re
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from .compat import base_model, logger
+from .errors import InvalidRequestError, UnsupportedModelError
+from .memory.layout import LayerSpec, PoolLayout, plan_layout
+from .memory.manager import BlockManager
+from .memory.storage import KVStorage
+from .model_spec import ModelSpec, model_spec
+from .weights import WeightsVersion
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """A pool at one moment.
+
+    Attributes:
+        num_blocks, num_free, num_cached, num_referenced: Blocks by state; `num_free` includes the cached ones.
+        allocated, freed, evictions, cow_copies: Blocks over the pool's lifetime.
+        prefix_queries, prefix_hits: Prompt tokens looked up, and those found, over the pool's lifetime.
+        nbytes: Bytes of K and V that the pool holds.
+    """
+
+    num_blocks: int
+    num_free: int
+    num_cached: int
+    num_referenced: int
+    allocated: int
+    freed: int
+    evictions: int
+    cow_copies: int
+    prefix_queries: int
+    prefix_hits: int
+    nbytes: int
+
+
+class BlockPool:
+    """All blocks of one model. Make it with `for_model`; any number of `PagedCache`s may draw from it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: PoolLayout,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.storage = KVStorage(layout, num_blocks, block_size, dtype, device)
+        self.manager = BlockManager(num_blocks, block_size, layout.windows, prefix_caching)
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self._weights: WeightsVersion | None = None
+        self._confirmed: set[int] = set()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: torch.nn.Module,
+        *,
+        num_blocks: int | None = None,
+        memory: int | float | str | None = None,
+        block_size: int = 16,
+        dtype: torch.dtype | None = None,
+        prefix_caching: bool = True,
+    ) -> "BlockPool":
+        """A pool that fits the K and V of `model`, on the model's device.
+
+        Args:
+            model: A `PreTrainedModel` with a text decoder, or a `PeftModel` around one.
+            num_blocks: Blocks in the pool. Exactly one of `num_blocks` and `memory` is given.
+            memory: Bytes for K and V: an int, a string such as "2GiB" or "500MB", or a float, the share of the memory
+                that is free now.
+            block_size: Tokens per block, a power of two.
+            dtype: Of K and V; the model's by default.
+            prefix_caching: Whether blocks of a prompt stay findable for later prompts that start alike.
+
+        Raises:
+            InvalidRequestError: An argument is wrong.
+            UnsupportedModelError: The model has no text decoder that transformers' caches know.
+        """
+        inner = base_model(model)
+        if not isinstance(inner, PreTrainedModel):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is no transformers model: pass a PreTrainedModel or a PeftModel around one."
+            )
+        _check_block_size(block_size)
+        spec = model_spec(inner.config)
+        layout = plan_layout(spec.layers)
+        dtype = dtype or inner.dtype
+        block_nbytes = layout.entry_numel_per_token * block_size * dtype.itemsize
+        count = _num_blocks(num_blocks, memory, block_nbytes, inner.device)
+        pool = cls(
+            spec,
+            layout,
+            num_blocks=count,
+            block_size=block_size,
+            dtype=dtype,
+            device=inner.device,
+            prefix_caching=prefix_caching,
+        )
+        pool._model, pool._weights = weakref.ref(inner), WeightsVersion(inner)
+        logger.info("BlockPool for %s: %s", type(inner).__name__, pool.describe())
+        return pool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self.manager.allocator.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.manager.block_size
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, cached ones included."""
+        return self.manager.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody references but that still hold a reusable prefix."""
+        return self.manager.num_cached
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of K and V."""
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.storage.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V that the pool holds."""
+        return self.storage.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return self.storage.layout.numel_per_token * self.dtype.itemsize
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit when every layer keeps all of them; more with sliding windows."""
+        return self.num_blocks // max(len(self.storage.layout.windows), 1) * self.block_size
+
+    def stats(self) -> PoolStats:
+        """Counters since the pool was made, and the states of its blocks."""
+        manager, allocator = self.manager, self.manager.allocator
+        num_free, num_cached = manager.num_free, manager.num_cached
+        return PoolStats(
+            num_blocks=self.num_blocks,
+            num_free=num_free,
+            num_cached=num_cached,
+            num_referenced=self.num_blocks - num_free,
+            allocated=allocator.counters.allocated,
+            freed=allocator.counters.freed,
+            evictions=allocator.counters.evictions,
+            cow_copies=manager.counters.cow_copies,
+            prefix_queries=manager.counters.prefix_queries,
+            prefix_hits=manager.counters.prefix_hits,
+            nbytes=self.nbytes,
+        )
+
+    def check(self) -> None:
+        """Raises `PagedCacheError` if any invariant of the bookkeeping is broken. Takes time: for tests."""
+        self.manager.check()
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets all prefixes, so that cached blocks become free."""
+        self.manager.clear_prefix_cache()
+
+    def invalidate(self) -> None:
+        """Call it after weights were written through `.data`, which torch does not count: no earlier prefix is reused."""
+        if self._weights is not None:
+            self._weights.invalidate()
+        self.clear_prefix_cache()
+
+    def root_key(self, cache_salt: Hashable, extra: Hashable) -> Hashable | None:
+        """All that K and V depend on besides the tokens; None if nothing may be shared now."""
+        key = self._weights.key() if self._weights is not None and self.manager.prefix_caching else None
+        return None if key is None else (key, cache_salt, extra)
+
+    def belongs_to(self, model: torch.nn.Module) -> bool:
+        """Whether the pool was made for this model (or for one that is gone)."""
+        mine = self._model() if self._model is not None else None
+        return mine is None or mine is base_model(model)
+
+    @property
+    def numbers_tokens(self) -> bool:
+        """Whether the model is told each token's position; otherwise it counts columns, padding included."""
+        model = self._model() if self._model is not None else None
+        return model is None or "position_ids" in inspect.signature(model.forward).parameters
+
+    def describe(self) -> str:
+        """One line: blocks, tokens, GiB, bytes per token."""
+        groups = len(self.storage.layout.windows)
+        return (
+            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.nbytes / 2**30:.3f} GiB of {self.dtype} on "
+            f"{self.device}, {self.bytes_per_token} bytes per token, room for {self.num_tokens} tokens"
+            + (f" ({groups} layer groups; windows return blocks)" if groups > 1 else "")
+        )
+
+    def confirm(self, layer: int, spec: LayerSpec) -> None:
+        """Takes the shapes that a model really gives for a layer: the pool follows the first model that uses it.
+
+        Raises:
+            InvalidRequestError: The layer was used with other shapes before.
+            UnsupportedModelError: The model's config has no such layer.
+        """
+        layout = self.storage.layout
+        if layer not in layout.specs:
+            raise UnsupportedModelError(f"layer {layer} gives keys; the pool was made for layers {list(layout.specs)}.")
+        known = layout.specs[layer]
+        if spec != known:
+            if layer in self._confirmed:
+                raise InvalidRequestError(
+                    f"layer {layer} gives {spec}, the pool holds {known}: make a pool for this model with "
+                    "BlockPool.for_model."
+                )
+            self.storage.relayout(layout.with_spec(layer, spec))
+            logger.info("layer %d has %s, not %s: %s", layer, spec, known, self.describe())
+        self._confirmed.add(layer)
+
+    def __repr__(self) -> str:
+        return f"BlockPool({self.describe()})"
+
+
+def _check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int) or block_size < 1 or block_size & (block_size - 1):
+        raise InvalidRequestError(f"block_size is {block_size!r}; it has to be a power of two, such as 16.")
+
+
+def _num_blocks(
+    num_blocks: int | None, memory: int | float | str | None, block_nbytes: int, device: torch.device
+) -> int:
+    if (num_blocks is None) == (memory is None):
+        raise InvalidRequestError(
+            f"num_blocks is {num_blocks!r} and memory is {memory!r}; give exactly one of them, e.g. memory='2GiB'."
+        )
+    if num_blocks is not None:
+        if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
+            raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
+        return num_blocks
+    assert memory is not None
+    nbytes = parse_memory(memory, device)
+    if nbytes < block_nbytes:
+        raise InvalidRequestError(f"memory={memory!r} is {nbytes} bytes; one block alone takes {block_nbytes} bytes.")
+    return nbytes // block_nbytes if block_nbytes else 1  # models of states only keep nothing in blocks
+
+
+def parse_memory(memory: int | float | str, device: torch.device) -> int:
+    """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
+        unit = {**_UNITS, **_BINARY_UNITS}.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise InvalidRequestError(f"memory is {memory!r}; write it like '2GiB', '500MB' or '1000000'.")
+        return int(float(match[1]) * unit)
+    if isinstance(memory, float):
+        if not 0 < memory <= 1:
+            raise InvalidRequestError(f"memory is {memory!r}; a float is a share of the free memory, in (0, 1].")
+        return int(free_memory(device) * memory)
+    if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
+        raise InvalidRequestError(f"memory is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
+    return memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

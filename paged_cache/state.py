@@ -1,0 +1,309 @@
+"""The rows of one cache and the forward that is under way."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from .compat import logger
+from .errors import InvalidRequestError, PagedCacheError
+from .memory.growth import Growth
+from .memory.layout import LayerSpec
+from .memory.sequence import Sequence
+from .pool import BlockPool
+from .prompt import Prompt
+from .step import GroupStep, PagedView, Step, TableTensor
+
+
+@dataclass
+class StepInputs:
+    """What is known of a forward before it runs.
+
+    Attributes:
+        batch, q_len: Shape of the new tokens.
+        pads: Per row the columns of left padding.
+        tokens: Per row the ids of the new tokens, padding left out; None if unknown or not to be shared.
+        lazy, is_regular, needs_weights: See `Step`.
+    """
+
+    batch: int
+    q_len: int
+    pads: list[int]
+    tokens: list[list[int]] | None = None
+    lazy: bool = False
+    is_regular: bool = False
+    needs_weights: bool = False
+
+
+class PagedState:
+    """Rows, their blocks, and how far each layer got; shared by a cache and its layers.
+
+    A forward is a step: it opens with the first token that a layer writes, or before the model runs when the model is
+    patched, and closes when the forward returned. What a step did is taken back if the forward did not return.
+
+    Attributes:
+        length: Columns (tokens of the padded rows) of all closed steps and of the open one.
+        root_keys: Per row what besides the tokens its K and V depend on; None while nothing is shared.
+        keep_past: Blocks behind windows stay until the next crop.
+        is_released: The cache gave everything back for good.
+    """
+
+    def __init__(self, pool: BlockPool, cache_salt: Hashable = None) -> None:
+        self.pool, self.cache_salt = pool, cache_salt
+        self.rows: list[Sequence] | None = None
+        self.pads: list[int] = []
+        self.length = 0
+        self.layer_lengths: dict[int, int] = dict.fromkeys(pool.spec.layers, 0)
+        self.root_keys: list[Hashable | None] | None = None
+        self.keep_past = False
+        self.is_released = False
+        self.open: Step | None = None
+        self._is_hooked = False
+        self._tables = [TableTensor(pool.device) for _ in pool.storage.layout.windows]
+
+    def __del__(self) -> None:
+        if self.rows:
+            self.pool.manager.abandon(self.rows)
+
+    def start_from_prefix(self, prompt: Prompt, root_keys: list[Hashable | None], limit: int) -> int:
+        """Makes rows that begin with what the pool holds of their prompts.
+
+        Args:
+            prompt: All columns of the rows, with their tokens.
+            root_keys: What else each row's K and V depend on.
+            limit: Most columns to take.
+
+        Returns:
+            The columns that need no computation: the same number for all rows, as many as the worst row has.
+        """
+        manager, tokens = self.pool.manager, prompt.tokens
+        assert tokens is not None
+        self.start_rows(prompt.batch, root_keys)
+        assert self.rows is not None
+        self.pads = list(prompt.pads)
+        columns, last = limit, -1
+        while columns != last:
+            last = columns
+            for row, pad, ids in zip(self.rows, self.pads, tokens, strict=True):
+                columns = min(columns, pad + manager.match(row, ids, max(columns - pad, 0)))
+        for row, pad, ids in zip(self.rows, self.pads, tokens, strict=True):
+            manager.take_prefix(row, ids, max(columns - pad, 0))
+        self.length = columns
+        self.layer_lengths = dict.fromkeys(self.layer_lengths, columns)
+        return columns
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """K and V of a layer that the next token can see, gathered: `[batch, heads, length, dim]`."""
+        if not self.rows or not self.layer_lengths[layer]:
+            return None
+        group = self.pool.storage.layout.places[layer].group
+        step = Step(self.pool.storage, self.rows, self.pads, self.layer_lengths[layer], 0)
+        view = GroupStep(group, step, [], self.pool.storage.layout.windows[group], self._tables[group])
+        return PagedView(layer, view).dense
+
+    def row_keys(self, first_positions: list[int]) -> list[Hashable | None] | None:
+        """Per row what K and V depend on besides tokens, as the model stands now; None if nothing may be shared."""
+        keys = [self.pool.root_key(self.cache_salt, position) for position in set(first_positions)]
+        by_position = dict(zip(set(first_positions), keys, strict=True))
+        return None if None in keys else [by_position[position] for position in first_positions]
+
+    def fills_a_block(self) -> bool:
+        """Whether the next token is the last of some row's block."""
+        return any((row.num_tokens + 1) % self.pool.block_size == 0 for row in self.rows or [])
+
+    def count_lookup(self, prompt: Prompt, skipped: int) -> None:
+        """Adds a prompt to the pool's prefix statistics, in tokens."""
+        counters = self.pool.manager.counters
+        counters.prefix_queries += sum(len(ids) for ids in prompt.tokens or [])
+        counters.prefix_hits += sum(max(skipped - pad, 0) for pad in prompt.pads)
+
+    def start_rows(self, batch: int, root_keys: list[Hashable | None]) -> None:
+        """Makes empty rows; with a key each takes part in prefix sharing."""
+        self.rows = [self.pool.manager.new_sequence(key) for key in root_keys]
+        self.pads = [0] * batch
+
+    def begin(self, inputs: StepInputs) -> Step:
+        """Opens the step of a forward that a hook announced: `finish` or `abort` closes it.
+
+        Raises:
+            OutOfBlocksError: Too few blocks for all rows; nothing was changed.
+        """
+        step = self._open(inputs)
+        self._is_hooked = True
+        return step
+
+    def finish(self) -> None:
+        """The forward returned."""
+        step, self.open, self._is_hooked = self.open, None, False
+        if step is None:
+            return
+        if step.num_updates == 0 and self.layer_lengths:  # the model never called: nothing was computed
+            self._take_back(step)
+            return
+        for row in step.rows:
+            self.pool.manager.commit(row, self.keep_past)
+
+    def abort(self) -> None:
+        """The forward did not return: its tokens are taken back, in all layers."""
+        step, self.open, self._is_hooked = self.open, None, False
+        if step is not None:
+            self._take_back(step)
+
+    def settle(self) -> None:
+        """Closes a step that is still open: an announced one was interrupted, any other is over."""
+        if self._is_hooked:
+            self.abort()
+        else:
+            self.finish()
+
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Step.update`; opens a step if the forward was not announced."""
+        start, (batch, _, q_len, _) = self.layer_lengths[layer], keys.shape
+        step = self.open
+        if step is None or step.start != start or step.q_len != q_len or len(step.rows) != batch:
+            step = self._unannounced(layer, start, batch, q_len)
+        result = step.update(layer, keys, values)
+        self.layer_lengths[layer] = start + q_len
+        return result
+
+    def check_layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compares a layer's first K and V with the pool, which follows other shapes but no other dtype or device."""
+        pool = self.pool
+        for name, x in (("keys", keys), ("values", values)):
+            if x.dtype != pool.dtype:
+                raise InvalidRequestError(
+                    f"layer {layer} gives {name} of {x.dtype}, the pool holds {pool.dtype}: "
+                    f"BlockPool.for_model(model, ..., dtype={x.dtype})."
+                )
+            if x.device != pool.device:
+                raise InvalidRequestError(
+                    f"layer {layer} gives {name} on {x.device}, the pool is on {pool.device}: make the pool after the "
+                    "model was moved."
+                )
+        window = pool.spec.layers[layer].window if layer in pool.spec.layers else None
+        pool.confirm(layer, LayerSpec(window, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+
+    def select(self, indices: list[int]) -> None:
+        """Row `i` becomes what row `indices[i]` was; nothing is copied."""
+        self.settle()
+        if self.rows is not None:
+            self._check_indices(indices)
+            self.rows = self.pool.manager.select(self.rows, indices)
+            self.pads = [self.pads[i] for i in indices]
+            self.root_keys = self.root_keys and [self.root_keys[i] for i in indices]
+
+    def crop(self, num_columns: int) -> None:
+        """Takes the last `num_columns` columns off, and lets go of what windows no longer see."""
+        self.settle()
+        self.length = max(self.length - num_columns, 0)
+        for layer, length in self.layer_lengths.items():
+            self.layer_lengths[layer] = min(length, self.length)
+        for row, pad in zip(self.rows or [], self.pads, strict=True):
+            self.pool.manager.truncate(row, max(self.length - pad, 0))
+            self.pool.manager.commit(row)
+
+    def fork(self) -> "PagedState":
+        """Another state on the same blocks."""
+        self.settle()
+        other = PagedState(self.pool, self.cache_salt)
+        if self.rows is not None:
+            other.rows = [self.pool.manager.fork(row) for row in self.rows]
+        other.pads, other.length = list(self.pads), self.length
+        other.layer_lengths = dict(self.layer_lengths)
+        other.root_keys, other.keep_past, other.is_released = self.root_keys, self.keep_past, self.is_released
+        return other
+
+    def clear(self) -> None:
+        """Gives all blocks back; the state is as new."""
+        rows, self.rows, self.open = self.rows, None, None
+        for row in rows or []:
+            self.pool.manager.release(row)
+        self.pads, self.length, self.root_keys, self._is_hooked = [], 0, None, False
+        self.layer_lengths = dict.fromkeys(self.layer_lengths, 0)
+
+    def forget_tokens(self) -> None:
+        """From here on nothing of these rows enters the prefix index."""
+        self.root_keys = None
+        for row in self.rows or []:
+            row.forget_tokens()
+
+    def expand(self, batch: int) -> None:
+        """Repeats each row, as `generate` does for beams and returned sequences, until there are `batch`."""
+        assert self.rows is not None
+        if batch % len(self.rows):
+            raise InvalidRequestError(
+                f"the forward has {batch} rows, the cache holds {len(self.rows)}: use as many, a multiple of them, "
+                "or a new PagedCache."
+            )
+        repeats = batch // len(self.rows)
+        if repeats > 1:
+            self.select([i for i in range(len(self.rows)) for _ in range(repeats)])
+
+    def _open(self, inputs: StepInputs) -> Step:
+        self.require_alive()
+        self.settle()
+        if self.rows is None:
+            self.start_rows(inputs.batch, [None] * inputs.batch)
+        self.expand(inputs.batch)
+        assert self.rows is not None
+        end = self.length + inputs.q_len
+        growths = []
+        for i, (row, pad) in enumerate(zip(self.rows, inputs.pads, strict=True)):
+            tokens = inputs.tokens[i] if inputs.tokens is not None else None
+            growths.append(Growth(row, max(end - max(pad, self.length), 0), tokens))
+        writes = self.pool.manager.extend(growths)
+        self.pool.storage.copy_blocks(writes.copies)
+        step = Step(
+            self.pool.storage,
+            self.rows,
+            inputs.pads,
+            self.length,
+            inputs.q_len,
+            inputs.lazy,
+            inputs.is_regular,
+            inputs.needs_weights,
+        )
+        step.groups = tuple(
+            GroupStep(group, step, slots, window, self._tables[group])
+            for group, (slots, window) in enumerate(
+                zip(writes.slots, self.pool.storage.layout.windows, strict=True)
+            )
+        )
+        self.open, self.pads, self.length = step, inputs.pads, end
+        return step
+
+    def _unannounced(self, layer: int, start: int, batch: int, q_len: int) -> Step:
+        """The step of a forward that no hook announced, or announced with other shapes."""
+        if self._is_hooked and self.open is not None and self.open.num_updates == 0:
+            logger.debug("the model gives %d rows of %d tokens, not those of its inputs", batch, q_len)
+            self.abort()
+            self.forget_tokens()
+        if start != self.length:
+            raise PagedCacheError(
+                f"layer {layer} is at token {start}, the cache at {self.length}: an earlier forward failed half-way, or "
+                "layers do not advance together. Use a new PagedCache, or reset() this one."
+            )
+        self.forget_tokens()
+        pads = self.pads if len(self.pads) == batch else [0] * batch
+        if self.rows is not None and len(self.rows) != batch:
+            self.expand(batch)
+            pads = self.pads
+        return self._open(StepInputs(batch, q_len, pads))
+
+    def _take_back(self, step: Step) -> None:
+        for row, pad in zip(step.rows, step.pads, strict=True):
+            self.pool.manager.truncate(row, max(step.start - pad, 0))
+        self.length = step.start
+        for layer, length in self.layer_lengths.items():
+            self.layer_lengths[layer] = min(length, step.start)
+
+    def _check_indices(self, indices: list[int]) -> None:
+        assert self.rows is not None
+        wrong = [i for i in indices if not -len(self.rows) <= i < len(self.rows)]
+        if wrong:
+            raise InvalidRequestError(f"row {wrong[0]} is asked for, the cache has {len(self.rows)} rows.")
+
+    def require_alive(self) -> None:
+        """Raises `PagedCacheError` after `PagedCache.release`."""
+        if self.is_released:
+            raise PagedCacheError("this PagedCache was released: make a new one, PagedCache(pool).")

@@ -1,0 +1,196 @@
+"""What one forward writes and reads, as tensors: made once per layer group and used by all its layers."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .memory.growth import SKIP
+from .memory.sequence import Sequence
+from .memory.storage import KVStorage
+from .paged_tensor import PagedTensor
+
+
+class TableTensor:
+    """Block tables of all rows in one group, on a device; only rows that changed are written again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = torch.zeros(0, 0, dtype=torch.int32)
+        self._on_device = self._host
+        self._versions: list[tuple[int, int]] = []
+
+    def update(self, rows: list[Sequence], group: int) -> torch.Tensor:
+        """int32 `[rows, max_blocks]`; entries beyond a row's blocks and returned blocks are -1."""
+        versions = [(id(row), row.version) for row in rows]
+        if versions == self._versions:
+            return self._on_device
+        width = max(len(row.tables[group]) for row in rows)
+        if self._host.shape[0] != len(rows) or self._host.shape[1] < width:
+            self._host = torch.full((len(rows), width + width // 4 + 4), -1, dtype=torch.int32)
+            self._versions = []
+        known = dict(enumerate(self._versions))
+        table = self._host.numpy()
+        for i, row in enumerate(rows):
+            if known.get(i) != versions[i]:
+                blocks = row.tables[group]
+                table[i, : len(blocks)] = blocks
+                table[i, len(blocks) :] = -1
+        self._versions = versions
+        self._on_device = self._host if self._device.type == "cpu" else self._host.to(self._device)
+        return self._on_device
+
+
+class GroupStep:
+    """One forward in one layer group.
+
+    Attributes:
+        kv_offset: First column (token of the padded rows) that attention can see.
+        kv_length: Columns from there to the newest.
+        window: The group's window, None for all.
+        slots: int64 `[num_written]`, where the new tokens go.
+        written: int64 `[num_written]`, which of the `batch * q_len` new tokens these are; None for all in order.
+    """
+
+    def __init__(
+        self, group: int, step: "Step", slots: list[list[int]], window: int | None, table: TableTensor
+    ) -> None:
+        self.group, self.step, self.window = group, step, window
+        self.kv_offset = 0 if window is None else max(step.start - window + 1, 0)
+        self.kv_length = step.start + step.q_len - self.kv_offset
+        self._table = table
+        flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]
+        device = step.storage.device
+        self.written: torch.Tensor | None = None
+        if SKIP in flat:
+            kept = [i for i, slot in enumerate(flat) if slot != SKIP]
+            self.written = torch.tensor(kept, dtype=torch.int64, device=device)
+            flat = [flat[i] for i in kept]
+        self.slots = torch.tensor(flat, dtype=torch.int64, device=device)
+
+    @cached_property
+    def block_table(self) -> torch.Tensor:
+        """int32 `[batch, max_blocks]`."""
+        return self._table.update(self.step.rows, self.group)
+
+    @cached_property
+    def dense_slots(self) -> torch.Tensor:
+        """int64 `[batch * kv_length]`: the slot behind each visible column, 0 for padding."""
+        size = self.step.storage.block_size
+        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.block_table.device)
+        positions = (columns - self.step.pads_tensor[:, None]).clamp_(min=0)
+        blocks = self.block_table.long().gather(1, positions // size)
+        return (blocks * size + positions % size).clamp_(min=0).flatten()
+
+    @cached_property
+    def padding(self) -> torch.Tensor | None:
+        """bool `[batch, kv_length, 1, 1]`, True for columns that are padding and hold nothing; None if there are none."""
+        if max(self.step.pads) <= self.kv_offset:
+            return None
+        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.step.pads_tensor.device)
+        return (columns < self.step.pads_tensor[:, None])[..., None, None]
+
+
+@dataclass
+class Step:
+    """One forward over all rows.
+
+    Attributes:
+        storage: Where K and V go.
+        rows: The sequences, already grown by this step.
+        pads: Per row the columns of left padding, which are not stored.
+        start: Columns before this step.
+        q_len: New columns.
+        lazy: Whether attention knows `PagedTensor`; otherwise layers return dense tensors at once.
+        is_regular: Whether the mask hides nothing but left padding, so that a kernel needs no mask.
+        needs_weights: Whether the caller asked for attention probabilities, which no kernel gives.
+    """
+
+    storage: KVStorage
+    rows: list[Sequence]
+    pads: list[int]
+    start: int
+    q_len: int
+    lazy: bool = False
+    is_regular: bool = False
+    needs_weights: bool = False
+    groups: tuple[GroupStep, ...] = ()
+    num_updates: int = 0
+
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """int32 `[batch]`: stored tokens per row, the new ones included."""
+        return torch.tensor([row.num_tokens for row in self.rows], dtype=torch.int32, device=self.storage.device)
+
+    @cached_property
+    def pads_tensor(self) -> torch.Tensor:
+        """int64 `[batch]`."""
+        return torch.tensor(self.pads, dtype=torch.int64, device=self.storage.device)
+
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a layer's new K and V, `[batch, heads, q_len, dim]`, and returns all that its attention can see.
+
+        No gradient flows into the pool: tokens of earlier forwards are constants.
+        """
+        self.num_updates += 1
+        group = self.groups[self.storage.layout.places[layer].group]
+        flat_keys, flat_values = (x.detach().transpose(1, 2).flatten(0, 1) for x in (keys, values))
+        if group.written is not None:
+            flat_keys, flat_values = flat_keys[group.written], flat_values[group.written]
+        self.storage.write(layer, group.slots, flat_keys, flat_values)
+        if self.start == 0:
+            return keys, values
+        view = PagedView(layer, group)
+        if not self.lazy:
+            return view.dense
+        return tuple(  # type: ignore[return-value]
+            PagedTensor(source, (len(self.rows), x.shape[1], group.kv_length, x.shape[3]), x.dtype, x.device)
+            for source, x in ((Keys(view), keys), (Values(view), values))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PagedView:
+    """One layer's blocks as one forward sees them: what a kernel needs, and how to do without one."""
+
+    layer: int
+    group: GroupStep
+
+    @property
+    def step(self) -> Step:
+        """The forward."""
+        return self.group.step
+
+    @cached_property
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[batch, heads, kv_length, dim]`, gathered; zeros where a column is padding."""
+        group, step = self.group, self.step
+        shape = (len(step.rows), group.kv_length)
+        keys, values = (
+            x.unflatten(0, shape) for x in step.storage.gather(self.layer, group.dense_slots)
+        )
+        if group.padding is not None:
+            keys, values = keys.masked_fill_(group.padding, 0), values.masked_fill_(group.padding, 0)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Source of a `PagedTensor` of keys."""
+
+    view: PagedView
+
+    def dense(self) -> torch.Tensor:
+        """The keys, gathered."""
+        return self.view.dense[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Source of a `PagedTensor` of values."""
+
+    view: PagedView
+
+    def dense(self) -> torch.Tensor:
+        """The values, gathered."""
+        return self.view.dense[1]

@@ -1,0 +1,88 @@
+"""Tells when K and V computed earlier are no longer what the model would compute now."""
+
+import weakref
+from collections.abc import Hashable
+from itertools import chain
+
+import torch
+
+from .compat import peft_tuner_layers
+
+_SAMPLES = 64
+"""Elements looked at per base weight under an adapter: merging and unmerging changes almost all of them."""
+
+
+class WeightsVersion:
+    """Names the state of a model's weights and adapters, so that it can be part of a prefix key.
+
+    In-place changes (optimizer steps, `load_state_dict`) show in torch's version counters, replaced parameters in their
+    identity, adapters in their names, scaling and content (peft swaps some through `.data`, which no counter sees).
+    Writes through `.data` to other weights do not show: call `invalidate`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._seen: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._generation = 0
+
+    def invalidate(self) -> None:
+        """From now on the weights count as other ones."""
+        self._generation += 1
+        self._seen = []
+
+    def key(self) -> Hashable | None:
+        """Equal keys mean equal weights; None if the state cannot be told, so that nothing may be shared."""
+        model = self._model()
+        if model is None or model.training:
+            return None
+        tensors = list(chain(model.parameters(), model.buffers()))
+        if not self._are_seen(tensors):
+            self._generation += 1
+            self._seen = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+        if any(tensor.is_inference() for tensor in tensors):  # no version counter
+            return None
+        adapters = _adapters_key(peft_tuner_layers(model))
+        # counters only grow and the tensors are the same ones, so that the sum tells any change in place
+        return None if adapters is None else (self._generation, sum(tensor._version for tensor in tensors), adapters)
+
+    def _are_seen(self, tensors: list[torch.Tensor]) -> bool:
+        return len(tensors) == len(self._seen) and all(
+            ref() is tensor and pointer == tensor.data_ptr()
+            for (ref, pointer), tensor in zip(self._seen, tensors, strict=True)
+        )
+
+
+def _adapters_key(layers: list[torch.nn.Module]) -> Hashable | None:
+    """State and content of peft adapters; None while a batch mixes adapters, where rows differ in their weights."""
+    if any(layer._forward_pre_hooks for layer in layers):
+        return None
+    return tuple(_layer_key(layer) for layer in layers), _checksum(layers)
+
+
+def _layer_key(layer: torch.nn.Module) -> Hashable:
+    scaling = getattr(layer, "scaling", {})
+    active = tuple(layer.active_adapters)
+    return (
+        active,
+        bool(layer.disable_adapters),
+        tuple(getattr(layer, "merged_adapters", ())),
+        tuple(float(scaling[name]) if name in scaling else None for name in active),
+    )
+
+
+def _checksum(layers: list[torch.nn.Module]) -> tuple[int, ...]:
+    """All bits of adapter weights, a sample of the bits of the base weights under them."""
+    sums = []
+    for layer in layers:
+        for name, tensor in layer.named_parameters():
+            flat = tensor.detach().reshape(-1)
+            if name.startswith("base_layer."):
+                flat = flat[:: max(flat.numel() // _SAMPLES, 1)]
+            sums.append(_bits(flat))
+    return tuple(torch.stack([s.cpu() for s in sums]).tolist()) if sums else ()
+
+
+def _bits(flat: torch.Tensor) -> torch.Tensor:
+    """A sum over the elements' bits, each with a weight of its own, modulo 2**64."""
+    bits = flat.contiguous().view(torch.uint8).to(torch.int64)
+    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()

@@ -17,7 +17,7 @@ BENCH       ?= $(sort $(wildcard benchmarks/bench_*.py))
 
 BIN     := $(VENV)/bin
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(INDEX) -c $(CONSTRAINTS)
+INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c $(CONSTRAINTS)
 INPUTS  := pyproject.toml constraints-common.txt $(CONSTRAINTS)
 # A stamp says what is installed in VENV: .user is the package with its extras, .dev also what the checks need.
 USER    := $(VENV)/.user

@@ -75,7 +75,7 @@ def dense_row(inputs: Inputs, row: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def visible(mask_function, inputs: Inputs, row: int) -> torch.Tensor:
-    """transformers' mask function as a bool `[q_len, tokens]`."""
+    """The mask function of transformers as a bool `[q_len, tokens]`."""
     length, q_len = inputs.case.lens[row], inputs.case.q_len
     q_pos = torch.arange(length - q_len, length)[:, None]
     return mask_function(0, 0, q_pos, torch.arange(length)[None, :]).expand(q_len, length)

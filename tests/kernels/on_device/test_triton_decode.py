@@ -1,0 +1,210 @@
+"""The Triton decode kernel against the reference, on a GPU or, where TRITON_INTERPRET is set, on CPU tensors.
+
+Triton reads that variable when a kernel is defined, so the interpreter needs a process of its own:
+../test_triton_decode.py starts it.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+
+from paged_cache.errors import InvalidRequestError
+from paged_cache.kernels import reference, triton_decode
+from tests.kernels.cases import Case, Inputs, build
+
+DEVICE = "cpu" if triton_decode.INTERPRETED else "cuda"
+pytestmark = [] if triton_decode.INTERPRETED else [pytest.mark.gpu]
+
+RAGGED = (0, 1, 15, 16, 17, 37, 130)  # none, one, and a block of 16 with one token less and more
+FEATURES = {"window": 24, "chunk": 20, "softcap": 2.0, "sinks": True}
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},  # other orders of summation
+    torch.float16: {"rtol": 1e-3, "atol": 1e-3},  # probabilities and result rounded to 2**-11
+    torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},  # to 2**-8: the interpreter truncates
+}
+
+LENGTHS = [
+    *(Case(lens=RAGGED, q_len=q_len, num_splits=num_splits, group=2) for q_len in (1, 5) for num_splits in (1, 3)),
+    Case(lens=(0, 40, 130), num_kv_heads=1, num_splits=17),  # most splits are empty; the merge takes 16 at a time
+    Case(lens=(300, 17), num_kv_heads=1, head_dim=256, num_splits=19),  # none is: tiles have 16 keys here
+]
+GROUPS = [Case(group=group, num_splits=2) for group in (1, 3, 8)] + [
+    Case(group=71, num_kv_heads=1, dtype=torch.float16, num_splits=2),  # more than one tile of 64 rows
+    Case(group=4, q_len=16, dtype=torch.float16, num_splits=2),
+    Case(group=1, q_len=40, dtype=torch.float16, num_splits=1),  # long, but fits one tile
+]
+HEAD_DIMS = [Case(head_dim=dim, num_splits=2) for dim in (16, 80, 96, 112, 128, 256)] + [
+    Case(head_dim=192, v_head_dim=128, num_splits=2),
+    Case(head_dim=40, v_head_dim=72, num_splits=1),
+]
+SINGLE = [Case(q_len=q_len, num_splits=3, **{name: FEATURES[name]}) for name in FEATURES for q_len in (1, 5)]
+PAIRS = [Case(q_len=3, num_splits=2, **{name: FEATURES[name] for name in two}) for two in combinations(FEATURES, 2)]
+FEATURE_EDGES = [
+    Case(window=1, q_len=3, num_splits=1),
+    Case(window=64, num_splits=5, lens=(130, 64, 65), head_dim=80),
+    Case(chunk=1, q_len=3, num_splits=1),
+    Case(chunk=64, num_splits=5, lens=(130, 64, 65)),
+    Case(q_len=5, num_splits=5, sinks=True, lens=(0, 3, 70)),
+    Case(q_len=5, num_splits=1, **FEATURES),
+    Case(gain=100.0, num_splits=2),  # exp2 of such scores overflows unless the maximum is subtracted
+    Case(gain=100.0, num_splits=2, softcap=30.0),
+]
+MEMORY = [
+    *(Case(block_size=size, num_splits=2) for size in (4, 64, 128)),
+    *(Case(layout=layout, num_splits=2) for layout in ("HND", "packed", "head_major", "odd")),
+    Case(spare_blocks=0, lens=(128, 16)),
+]
+DTYPES = [
+    Case(dtype=dtype, head_dim=128, num_splits=num_splits)
+    for dtype in (torch.float16, torch.bfloat16)
+    for num_splits in (1, 3)
+] + [Case(dtype=torch.bfloat16, q_len=3, num_splits=2, **FEATURES)]
+CASES = LENGTHS + GROUPS + HEAD_DIMS + SINGLE + PAIRS + FEATURE_EDGES + MEMORY + DTYPES
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher allocates is full of NaN: whatever is not written, or read unwritten, shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def new_poisoned(*args, **kwargs) -> torch.Tensor:
+        tensor = new_empty(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.numel() else tensor  # the interpreter's own are empty and of any dtype
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_poisoned)
+
+
+def run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The kernel's result with the case's number of splits, however short they get."""
+    if inputs.case.num_splits is not None:
+        monkeypatch.setattr(triton_decode, "_splits", lambda *_: (inputs.case.num_splits, 1))
+    return inputs.run(triton_decode.paged_attention)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape and feature, alone and in pairs, against the reference in float64."""
+    inputs = build(case, DEVICE)
+    out = run(inputs, monkeypatch)
+    assert out.dtype == case.dtype
+    assert out.is_contiguous()
+    expected = inputs.double().run(reference.paged_attention)
+    torch.testing.assert_close(out.cpu().double(), expected, **TOLERANCES[case.dtype])
+
+
+def test_the_cache_may_be_wider_than_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two dtypes the products are computed in the wider one."""
+    inputs = build(Case(num_splits=2), DEVICE)
+    inputs = replace(inputs, query=inputs.query.half())
+    expected = inputs.double().run(reference.paged_attention)
+    torch.testing.assert_close(run(inputs, monkeypatch).cpu().double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_where_the_blocks_lie_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens in other blocks give the same result to the last bit."""
+    inputs = build(Case(num_splits=3), DEVICE)
+    order = torch.randperm(inputs.key_cache.shape[0], device=DEVICE)
+    where = order.argsort().to(torch.int32)
+    table = inputs.block_table
+    moved = replace(
+        inputs,
+        key_cache=inputs.key_cache[order],
+        value_cache=inputs.value_cache[order],
+        block_table=torch.where(table >= 0, where[table.long()], table),
+    )
+    assert torch.equal(run(inputs, monkeypatch), run(moved, monkeypatch))
+
+
+def test_a_nan_of_the_model_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a query comes out as NaN in its row and head, and only there; also through the merge."""
+    inputs = build(Case(lens=(70, 6), num_splits=2), DEVICE)
+    inputs.query[0, 3] = float("nan")
+    out = run(inputs, monkeypatch)
+    assert out[0, 0, 3].isnan().all()
+    assert out.isnan().sum() == out.shape[-1]
+
+
+def test_a_length_beyond_the_table_reads_nothing_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong length gives a wrong result, as it does in the reference, but no access outside the table."""
+    inputs = build(Case(lens=(128, 64), spare_blocks=0, num_splits=1), DEVICE)
+    inputs.seq_lens[0] = 1000
+    expected = inputs.double().run(reference.paged_attention)
+    torch.testing.assert_close(run(inputs, monkeypatch).cpu().double(), expected, **TOLERANCES[torch.float32])
+
+
+def test_an_empty_batch_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rows, or no new tokens, give an empty result."""
+    inputs = build(Case(), DEVICE)
+    empty = replace(inputs, query=inputs.query[:0], block_table=inputs.block_table[:0], seq_lens=inputs.seq_lens[:0])
+    assert run(empty, monkeypatch).shape == (0, 1, 8, 64)
+    assert run(replace(inputs, query=inputs.query[:, :, :0]), monkeypatch).shape == (4, 0, 8, 64)
+
+
+def changed(**tensors: object) -> Inputs:
+    inputs = build(Case(lens=(5, 6)), DEVICE)
+    return replace(inputs, **{name: change(getattr(inputs, name)) for name, change in tensors.items()})
+
+
+REFUSED = {
+    "17 new tokens": changed(query=lambda x: x.expand(-1, -1, 17, -1)),
+    "query is torch.float64": changed(query=lambda x: x.double()),
+    "value cache torch.float16": changed(value_cache=lambda x: x.half()),
+    "head dimensions 8": changed(query=lambda x: x[..., :8], key_cache=lambda x: x[..., :8]),
+    "and 512": changed(value_cache=lambda x: x.repeat(1, 1, 1, 8)),
+    "block size 2": changed(key_cache=lambda x: x[:, :2], value_cache=lambda x: x[:, :2]),
+    "block size 12": changed(key_cache=lambda x: x[:, :12], value_cache=lambda x: x[:, :12]),
+    "block table is torch.int64": changed(block_table=lambda x: x.long()),
+    "sequence lengths torch.int64": changed(seq_lens=lambda x: x.long()),
+    "last strides": changed(key_cache=lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
+    "no backward": changed(query=lambda x: x.detach().requires_grad_()),
+}
+INVALID = {
+    "head_dim must agree": changed(query=lambda x: x[..., :32]),
+    "all but the last dimension": changed(value_cache=lambda x: x[1:]),
+    "7 query heads": changed(query=lambda x: x[:, :7]),
+    "need 2 rows": changed(block_table=lambda x: x[:1]),
+    "lengths \\(3,\\) need": changed(seq_lens=lambda x: x.new_ones(3)),
+    "sinks \\(5,\\)": changed(sinks=lambda _: torch.zeros(5, device=DEVICE)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_supports_names_the_reason(reason: str) -> None:
+    """What the kernel does not take is refused by `supports`, and in the same words by the kernel."""
+    inputs = REFUSED[reason]
+    assert reason in inputs.run(triton_decode.supports)
+    with pytest.raises(InvalidRequestError, match=reason):
+        inputs.run(triton_decode.paged_attention)
+
+
+def test_supports_takes_what_the_matrix_covers() -> None:
+    """No reason to refuse an ordinary call."""
+    assert build(Case(q_len=16, **FEATURES), DEVICE).run(triton_decode.supports) is None
+
+
+@pytest.mark.parametrize("message", INVALID)
+def test_shapes_that_do_not_fit_are_refused(message: str) -> None:
+    """Nothing is launched that would read beyond a tensor."""
+    with pytest.raises(InvalidRequestError, match=message):
+        INVALID[message].run(triton_decode.paged_attention)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")
+@pytest.mark.parametrize("num_splits", [None, 1, 7])
+def test_a_cuda_graph_follows_the_lengths(num_splits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths and tables are read when the graph runs; capturing it waits for nothing."""
+    before = build(Case(lens=(1, 0, 3, 0), num_splits=num_splits, spare_blocks=9), DEVICE)
+    after = build(Case(lens=(130, 17, 0, 64), num_splits=num_splits), DEVICE)
+    static = replace(after, block_table=torch.full_like(after.block_table, -1), seq_lens=before.seq_lens.clone())
+    static.block_table[:, :1] = 0
+    run(static, monkeypatch)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(static, monkeypatch)
+    static.block_table.copy_(after.block_table)
+    static.seq_lens.copy_(after.seq_lens)
+    graph.replay()
+    expected = after.double().run(reference.paged_attention)
+    torch.testing.assert_close(out.cpu().double(), expected, **TOLERANCES[torch.float32])

@@ -14,7 +14,7 @@ from tests.architectures.overrides import OVERRIDES, STAND_INS, SUBMODELS
 from tests.architectures.sizes import BOS, PAD, SIZES
 
 SEED = 0
-WEIGHT_GAIN = 1.5
+WEIGHT_GAIN = 2.0
 VECTOR_NOISE = 0.1
 MIXED_LAYERS = 4
 

@@ -58,7 +58,12 @@ def paged_attention_forward(
 
 
 def why_dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> str | None:
     """Why a call cannot go to a kernel; None if it can."""
     if not (isinstance(key, PagedTensor) and isinstance(value, PagedTensor)):

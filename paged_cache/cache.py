@@ -29,7 +29,9 @@ class PagedCache(DynamicCache):
 
     def __init__(self, pool: BlockPool, *, cache_salt: Hashable = None) -> None:
         if not isinstance(pool, BlockPool):
-            raise InvalidRequestError(f"PagedCache needs a BlockPool, got {type(pool).__name__}: BlockPool.for_model(model).")
+            raise InvalidRequestError(
+                f"PagedCache needs a BlockPool, got {type(pool).__name__}: BlockPool.for_model(model)."
+            )
         self._build(PagedState(pool, cache_salt))
 
     def _build(self, state: PagedState) -> None:
@@ -113,12 +115,12 @@ class PagedCache(DynamicCache):
     def reset(self) -> None:
         """Gives all blocks back; the cache is as new."""
         self._state.clear()
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row `i` continues what row `beam_idx[i]` was: tables are permuted, nothing is copied."""
         self._state.select(beam_idx.tolist())
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, on the same blocks."""
@@ -140,14 +142,16 @@ class PagedCache(DynamicCache):
             RuntimeError: A sliding window moved past and the past was not recorded.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}.")
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}."
+            )
         super().crop(tokens_to_remove)
         self._state.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Blocks behind windows stay until the next `crop`."""
         self._state.keep_past = True
-        super().activate_past_recording()
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def _each_layer(self, method: str, *args: Any) -> None:
         for layer in self.layers:

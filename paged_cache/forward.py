@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from .cache import PagedCache
@@ -33,7 +34,7 @@ def find_cache(inputs: dict[str, Any]) -> PagedCache | None:
     return None
 
 
-def begin_forward(model: torch.nn.Module, cache: PagedCache, inputs: dict[str, Any], lazy: bool) -> dict[str, Any]:
+def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any], lazy: bool) -> dict[str, Any]:
     """Opens the cache's step for a forward with these inputs and returns them without the tokens that it holds already.
 
     Raises:
@@ -69,7 +70,7 @@ def begin_forward(model: torch.nn.Module, cache: PagedCache, inputs: dict[str, A
 
 
 def _begin(
-    model: torch.nn.Module, state: PagedState, prompt: Prompt, inputs: dict[str, Any], lazy: bool
+    model: PreTrainedModel, state: PagedState, prompt: Prompt, inputs: dict[str, Any], lazy: bool
 ) -> dict[str, Any]:
     keys = _root_keys(model, state, prompt, inputs)
     if state.rows is None:
@@ -103,7 +104,7 @@ def _shape(ids: torch.Tensor | None, embeds: torch.Tensor | None) -> tuple[int, 
 
 
 def _root_keys(
-    model: torch.nn.Module, state: PagedState, prompt: Prompt, inputs: dict[str, Any]
+    model: PreTrainedModel, state: PagedState, prompt: Prompt, inputs: dict[str, Any]
 ) -> list[Hashable | None] | None:
     """What each row's K and V depend on besides its tokens; None if that cannot be told."""
     if prompt.tokens is None or not prompt.is_regular or not is_prefix_exact(state.pool.spec):

@@ -1,7 +1,7 @@
 """transformers' cache layers with K and V in the pool. What else a layer keeps (states, indexer keys) stays as it is."""
 
 import copy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class PagedLayer(DynamicLayer):
     layer_idx: int
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """All keys that the next token can see, gathered; None before the first token."""
         dense = self._dense()
         return dense[0] if dense else None
@@ -41,7 +41,7 @@ class PagedLayer(DynamicLayer):
         pass
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """All values that the next token can see, gathered; None before the first token."""
         dense = self._dense()
         return dense[1] if dense else None
@@ -98,7 +98,7 @@ class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
     """A layer that sees its last `sliding_window` tokens; blocks behind them go back to the pool."""
 
     @property
-    def cumulative_length(self) -> int:  # type: ignore[override]
+    def cumulative_length(self) -> int:
         """Tokens that the layer has seen, padding included."""
         return self._state.layer_lengths[self.layer_idx]
 
@@ -121,7 +121,7 @@ class _PagedHybridMixin(LinearAttentionLayer, PagedLayer):
         LinearAttentionLayer.reset(self)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
 
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
@@ -156,7 +156,7 @@ def paged_layer(template: Any, layer_idx: int, state: PagedState) -> Any:
     if not isinstance(template, CacheLayerMixin):
         return template
     paged = _paged_class(type(template))
-    layer = paged.__new__(paged)
+    layer: Any = object.__new__(paged)
     layer._state, layer.layer_idx = state, layer_idx
     copy_states(template, layer)
     return layer
@@ -168,12 +168,12 @@ def copy_states(source: Any, target: Any) -> None:
     vars(target).update(copy.deepcopy(states))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _paged_class(template: type) -> type:
     """Model-defined layers keep their own methods, in front of ours."""
     if template in _PAGED:
         return _PAGED[template]
     if issubclass(template, LinearAttentionCacheLayerMixin):
-        return type(f"Paged{template.__name__}", (_PagedHybridMixin, template), {})
+        return type(f"Paged{template.__name__}", (_PagedHybridMixin, template), {"__module__": __name__})
     parent = PagedSlidingWindowLayer if issubclass(template, DynamicSlidingWindowLayer) else PagedLayer
-    return type(f"Paged{template.__name__}", (template, parent), {"update": PagedLayer.update})
+    return type(f"Paged{template.__name__}", (template, parent), {"__module__": __name__, "update": PagedLayer.update})

@@ -66,7 +66,10 @@ class MaskSource:
     def dense(self) -> torch.Tensor:
         """The same for code that wants a tensor."""
         mask = self.exact()
-        return mask if mask is not None else masking_utils.sdpa_mask(**{**self.kwargs, "allow_is_causal_skip": False})
+        if mask is None:
+            mask = masking_utils.sdpa_mask(**{**self.kwargs, "allow_is_causal_skip": False})
+        assert mask is not None
+        return mask
 
 
 class LazyMask(LazyTensor):
@@ -79,7 +82,7 @@ class LazyMask(LazyTensor):
 
 def paged_mask(prior: str, **kwargs: Any) -> Any:
     """A mask for attention `"paged_cache"` on a model whose attention was `prior`."""
-    make = AttentionMaskInterface()._global_mapping[prior]
+    make: Any = AttentionMaskInterface._global_mapping[prior]
     pattern = mask_pattern(kwargs["mask_function"])
     if pattern is None:
         return make(**kwargs)

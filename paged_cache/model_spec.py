@@ -16,7 +16,6 @@ from transformers.cache_utils import (
 from .compat import DummyLayer, dynamic_layers, layer_configs, text_config
 from .memory.layout import LayerSpec
 
-
 _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer}
 _WITH_STATES = {
     *_ORDINARY, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer,

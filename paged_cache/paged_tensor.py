@@ -25,12 +25,11 @@ class LazyTensor(torch.Tensor):
     _dense: torch.Tensor | None
 
     @staticmethod
-    def __new__(
-        cls, source: Source, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> "LazyTensor":
-        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    def __new__(cls, source: Source, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "LazyTensor":
+        """A tensor without data."""
+        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         tensor.source, tensor._dense = source, None
-        return tensor  # type: ignore[no-any-return]
+        return tensor
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
@@ -47,7 +46,9 @@ class LazyTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map_only(LazyTensor, lambda t: t.dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -88,7 +88,7 @@ class _Patch:
             _unregister(self._config)
 
 
-def _before(lazy: bool, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before(lazy: bool, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     inputs = kwargs
     if args:
         inputs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
@@ -98,7 +98,7 @@ def _before(lazy: bool, model: torch.nn.Module, args: tuple[Any, ...], kwargs: d
     return (), begin_forward(model, cache, inputs, lazy)
 
 
-def _after(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     inputs = kwargs
     cache = find_cache(inputs)
     if cache is not None:

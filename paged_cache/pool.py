@@ -5,6 +5,7 @@ import re
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -244,14 +245,12 @@ class BlockPool:
         return f"BlockPool({self.describe()})"
 
 
-def _check_block_size(block_size: int) -> None:
+def _check_block_size(block_size: Any) -> None:
     if not isinstance(block_size, int) or block_size < 1 or block_size & (block_size - 1):
         raise InvalidRequestError(f"block_size is {block_size!r}; it has to be a power of two, such as 16.")
 
 
-def _num_blocks(
-    num_blocks: int | None, memory: int | float | str | None, block_nbytes: int, device: torch.device
-) -> int:
+def _num_blocks(num_blocks: Any, memory: Any, block_nbytes: int, device: torch.device) -> int:
     if (num_blocks is None) == (memory is None):
         raise InvalidRequestError(
             f"num_blocks is {num_blocks!r} and memory is {memory!r}; give exactly one of them, e.g. memory='2GiB'."
@@ -260,14 +259,13 @@ def _num_blocks(
         if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
             raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
         return num_blocks
-    assert memory is not None
     nbytes = parse_memory(memory, device)
     if nbytes < block_nbytes:
         raise InvalidRequestError(f"memory={memory!r} is {nbytes} bytes; one block alone takes {block_nbytes} bytes.")
-    return nbytes // block_nbytes if block_nbytes else 1  # models of states only keep nothing in blocks
+    return int(nbytes // block_nbytes) if block_nbytes else 1  # models of states only keep nothing in blocks
 
 
-def parse_memory(memory: int | float | str, device: torch.device) -> int:
+def parse_memory(memory: Any, device: torch.device) -> int:
     """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
@@ -288,4 +286,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)

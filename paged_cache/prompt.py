@@ -61,7 +61,7 @@ class Prompt:
         if position_ids is None:
             return not any(self.pads)
         positions = position_ids.reshape(-1, position_ids.shape[-1])
-        if positions.shape[-1] != self.q_len or positions.shape[0] % self.batch and positions.shape[0] != 1:
+        if positions.shape[-1] != self.q_len or (positions.shape[0] % self.batch and positions.shape[0] != 1):
             return False
         columns = torch.arange(self.start, self.start + self.q_len, device=positions.device)
         expected = columns - torch.tensor(self.pads, device=positions.device)[:, None]

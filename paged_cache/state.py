@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,14 @@ class StepInputs:
     lazy: bool = False
     is_regular: bool = False
     needs_weights: bool = False
+
+
+@lru_cache(maxsize=1)
+def _hint_unpatched() -> None:
+    logger.info(
+        "PagedCache runs on a model that is not patched: results are the same, but each step gathers all K and V and no "
+        "prefix is reused. paged_cache.patch(model) lets attention read blocks in place."
+    )
 
 
 class PagedState:
@@ -195,6 +204,7 @@ class PagedState:
     def crop(self, num_columns: int) -> None:
         """Takes the last `num_columns` columns off, and lets go of what windows no longer see."""
         self.settle()
+        self._require_past(num_columns)
         self.length = max(self.length - num_columns, 0)
         for layer, length in self.layer_lengths.items():
             self.layer_lengths[layer] = min(length, self.length)
@@ -265,9 +275,7 @@ class PagedState:
         )
         step.groups = tuple(
             GroupStep(group, step, slots, window, self._tables[group])
-            for group, (slots, window) in enumerate(
-                zip(writes.slots, self.pool.storage.layout.windows, strict=True)
-            )
+            for group, (slots, window) in enumerate(zip(writes.slots, self.pool.storage.layout.windows, strict=True))
         )
         self.open, self.pads, self.length = step, inputs.pads, end
         return step
@@ -283,6 +291,8 @@ class PagedState:
                 f"layer {layer} is at token {start}, the cache at {self.length}: an earlier forward failed half-way, or "
                 "layers do not advance together. Use a new PagedCache, or reset() this one."
             )
+        elif self.open is None:
+            _hint_unpatched()
         self.forget_tokens()
         pads = self.pads if len(self.pads) == batch else [0] * batch
         if self.rows is not None and len(self.rows) != batch:
@@ -296,6 +306,15 @@ class PagedState:
         self.length = step.start
         for layer, length in self.layer_lengths.items():
             self.layer_lengths[layer] = min(length, step.start)
+
+    def _require_past(self, num_columns: int) -> None:
+        """Raises `RuntimeError`, as transformers' layers do, if a window lacks blocks of the past that a crop returns to."""
+        for row, pad in zip(self.rows or [], self.pads, strict=True):
+            if not self.pool.manager.can_truncate(row, max(self.length - num_columns - pad, 0)):
+                raise RuntimeError(
+                    f"crop by {num_columns} tokens: the sliding window has moved past and its blocks went back to the "
+                    "pool. Call activate_past_recording() before the tokens that may be taken back."
+                )
 
     def _check_indices(self, indices: list[int]) -> None:
         assert self.rows is not None

@@ -166,9 +166,7 @@ class PagedView:
         """Keys and values `[batch, heads, kv_length, dim]`, gathered; zeros where a column is padding."""
         group, step = self.group, self.step
         shape = (len(step.rows), group.kv_length)
-        keys, values = (
-            x.unflatten(0, shape) for x in step.storage.gather(self.layer, group.dense_slots)
-        )
+        keys, values = (x.unflatten(0, shape) for x in step.storage.gather(self.layer, group.dense_slots))
         if group.padding is not None:
             keys, values = keys.masked_fill_(group.padding, 0), values.masked_fill_(group.padding, 0)
         return keys.transpose(1, 2), values.transpose(1, 2)

@@ -61,10 +61,10 @@ def _adapters_key(layers: list[torch.nn.Module]) -> Hashable | None:
 
 def _layer_key(layer: torch.nn.Module) -> Hashable:
     scaling = getattr(layer, "scaling", {})
-    active = tuple(layer.active_adapters)
+    active = tuple(getattr(layer, "active_adapters", ()))
     return (
         active,
-        bool(layer.disable_adapters),
+        bool(getattr(layer, "disable_adapters", False)),
         tuple(getattr(layer, "merged_adapters", ())),
         tuple(float(scaling[name]) if name in scaling else None for name in active),
     )

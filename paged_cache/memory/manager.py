@@ -118,6 +118,12 @@ class BlockManager:
             if not keep_past:
                 self._trim(sequence)
 
+    def can_truncate(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether all blocks are still there that the token behind the first `num_tokens` sees."""
+        keep = -(-num_tokens // self.block_size)
+        firsts = [self._first_visible_block(group, num_tokens) for group in self._groups]
+        return all(HOLE not in table[first:keep] for table, first in zip(sequence.tables, firsts, strict=True))
+
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Cuts a sequence to its first `num_tokens` tokens; also takes an open step back."""
         with self._lock:

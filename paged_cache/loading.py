@@ -1,0 +1,88 @@
+"""A causal language model and its tokenizer from a hub id or a folder, or one line that says what is wrong with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .errors import InvalidRequestError, UnsupportedModelError
+
+PROBE = [[5, 6, 7], [5, 6, 8]]
+"""Two inputs that differ in their last token only: a causal model answers alike up to there."""
+
+
+def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
+    """The model in float32 on the CPU, and its tokenizer, which pads on the left.
+
+    Args:
+        name: Id on the hub, or a folder that `save_pretrained` wrote.
+
+    Raises:
+        InvalidRequestError: There is no such model, or it lacks a part.
+        UnsupportedModelError: The model does not predict the next token from those before it.
+    """
+    with _quiet():
+        _require_language_model(name)
+        tokenizer = _load(AutoTokenizer, name, "tokenizer")
+        model = _load(AutoModelForCausalLM, name, "model", dtype=torch.float32).eval()
+    if not is_causal(model):
+        raise UnsupportedModelError(
+            f"{name} is not a causal language model: its {type(model).__name__} looks at the tokens that follow."
+        )
+    _let_pad(tokenizer)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the output at a token is the same whatever comes after it."""
+    first, second = model(input_ids=torch.tensor(PROBE, device=model.device), use_cache=False).logits[:, :-1]
+    return torch.allclose(first, second, atol=1e-4, rtol=1e-4)
+
+
+def _require_language_model(name: str | Path) -> None:
+    config = _load(AutoConfig, name, "config")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"{name} is not a causal language model: transformers knows no AutoModelForCausalLM for its model type, "
+            f"{config.model_type!r}."
+        )
+
+
+def _load(auto_class: Any, name: str | Path, part: str, **kwargs: Any) -> Any:
+    is_path = Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise InvalidRequestError(f"there is no folder {name}: give a folder with a model in it, or a model id.")
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        known = Path(name).is_dir()
+        where = "the folder has none that transformers can read" if known else "no such folder, nor such an id within reach"
+        raise InvalidRequestError(f"cannot load the {part} of {name}: {where} ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _let_pad(tokenizer: Any) -> None:
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # padding is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hushes transformers' warnings and progress bars."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -145,6 +145,8 @@ WINDOWS = {
 OTHERS = {
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "DbrxFFNConfig": {"moe_top_k": 2},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {
         "num_hidden_layers": 2,
         "patch_in_forward": False,

@@ -70,7 +70,7 @@ def test_same_tokens_as_dynamic_cache(name, check, patched):
     cache = PagedCache(pool)
     with paged_cache.patch(model) if patched else contextlib.nullcontext():
         tokens = run(model, extra_inputs, check, cache)
-    assert torch.equal(tokens, reference(name, check))
+    assert tokens.tolist() == reference(name, check).tolist()
     assert set(plain_layers(cache)) <= set(MODEL_DEFINED_LAYERS)
     pool.check()
     del cache

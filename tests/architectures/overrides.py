@@ -142,7 +142,11 @@ WINDOWS = {
     "step3p5": layers(FULL, SLIDING, FULL, SLIDING, num_sliding_attention_heads=2, share_expert_dim=16),
 }
 
+BERT_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+
 OTHERS = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": BERT_DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": BERT_DECODER},
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "DbrxFFNConfig": {"moe_top_k": 2},
     "big_bird": {"attention_type": "original_full"},
@@ -204,7 +208,9 @@ PERCEPTION = {
         "indexer_types": ["full", "full", "shared", "full"],
     },
     "granite4_vision": {
+        "text_config": {"model_type": "granite4_vision_text"},
         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64},
+        "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64, "num_attention_heads": 1},
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
         "spatial_target_layers": [0, 1],
@@ -223,7 +229,7 @@ PERCEPTION = {
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 127},
     "perception_lm": {"vision_config": SIGLIP | {"model_args": {"embed_dim": 32}}},
     "pix2struct_vision_model": {"patch_embed_hidden_size": 192},
-    "pp_formulanet_vision": {
+    "PPFormulaNetVisionConfig": {
         "output_channels": 32,
         "post_conv_in_channels": 32,
         "post_conv_mid_channels": 32,
@@ -252,3 +258,6 @@ SUBMODELS = {
     "itt:instructblipvideo": "language_model",
     "itt:kosmos-2": "text_model",
 }
+
+# Configs that, in transformers 5.17, take their sub-configs as dicts only.
+TAKE_DICTS = ("encoder-decoder", "vision-encoder-decoder")

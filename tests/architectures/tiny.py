@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.architectures.inputs import EXTRA_INPUTS
-from tests.architectures.overrides import OVERRIDES, STAND_INS, SUBMODELS
+from tests.architectures.overrides import OVERRIDES, STAND_INS, SUBMODELS, TAKE_DICTS
 from tests.architectures.sizes import BOS, PAD, SIZES
 
 SEED = 0
@@ -57,11 +57,13 @@ def config_class_of(name, model_class):
 
 def tiny_config(config_class, **values):
     """Build a tiny config of this class, sub-configs included; `values` come last."""
-    values = OVERRIDES.get(config_class.model_type or config_class.__name__, {}) | values
+    values = OVERRIDES.get(config_class.model_type, {}) | OVERRIDES.get(config_class.__name__, {}) | values
     values.pop("model_type", None)
     fields = {field.name for field in dataclasses.fields(config_class)}
     kwargs = {key: value for key, value in SIZES.items() if key in fields} | values
     kwargs |= {key: tiny_sub_config(config_class, key, values) for key in config_class.sub_configs}
+    if config_class.model_type in TAKE_DICTS:
+        kwargs |= {key: kwargs[key].to_dict() for key in config_class.sub_configs}
     if "layer_types" in fields and "layer_types" not in values:
         kwargs |= mixed_layers(config_class)
     return config_class(**kwargs)

@@ -28,5 +28,6 @@ def check_shapes(
         )
     if sinks is not None and sinks.shape != (num_heads,):
         raise InvalidRequestError(f"sinks {tuple(sinks.shape)} must have one entry for each of {num_heads} heads")
-    if len({x.device for x in (query, key_cache, value_cache, block_table, seq_lens)}) > 1:
-        raise InvalidRequestError("query, caches, block table and sequence lengths must be on one device")
+    tensors = [query, key_cache, value_cache, block_table, seq_lens] + ([] if sinks is None else [sinks])
+    if len({x.device for x in tensors}) > 1:
+        raise InvalidRequestError(f"the tensors must be on one device, not on {[str(x.device) for x in tensors]}")

@@ -229,7 +229,8 @@ def _launch(
     rows, num_warps = _row_tile(q_len * group, max(k_pad, v_pad), dot_dtype := _dot_dtype(query.dtype, key_cache.dtype))
     row_tiles = triton.cdiv(q_len * group, rows)
     capacity = block_table.shape[1] * block_size
-    num_splits, min_split = _splits(batch * num_kv_heads * row_tiles, capacity, _num_sms(query.device))
+    longest = min([capacity] + [x + q_len - 1 for x in (window, chunk) if x is not None])  # keys that a row can see
+    num_splits, min_split = _splits(batch * num_kv_heads * row_tiles, longest, _num_sms(query.device))
     parts, lse = out, None
     if num_splits > 1:
         parts = query.new_empty(batch, q_len, num_heads, num_splits, v_dim, dtype=torch.float32)
@@ -238,7 +239,8 @@ def _launch(
         _attend_kernel[(num_kv_heads * row_tiles, num_splits, batch)](
             parts, lse, query, key_cache, value_cache, block_table, seq_lens, sinks,
             *query.stride()[:3], block_table.stride(0),
-            capacity, q_len, num_splits, min_split, scale, softcap, window, chunk,
+            capacity, q_len, num_splits, min_split,
+            float(scale), None if softcap is None else float(softcap), window, chunk,  # an int would be another kernel
             **_strides("KEY", key_cache), **_strides("VALUE", value_cache),
             GROUP=group, KV_HEADS=num_kv_heads, K_DIM=k_dim, V_DIM=v_dim, BLOCK_SIZE=block_size,
             ROWS=rows, TILE=_tile(k_pad + v_pad, key_cache.dtype), K_PAD=k_pad, V_PAD=v_pad,
@@ -251,18 +253,18 @@ def _launch(
     return out
 
 
-def _splits(programs: int, capacity: int, num_sms: int) -> tuple[int, int]:
+def _splits(programs: int, longest: int, num_sms: int) -> tuple[int, int]:
     """Number of splits, and the fewest keys worth one. Only shapes decide, `seq_lens` stays on the device.
 
     Args:
         programs: Programs of one split.
-        capacity: Tokens that the longest row can have.
+        longest: Keys that the longest row can see.
         num_sms: Multiprocessors of the GPU.
     """
     fill = triton.cdiv(PROGRAMS_PER_SM * num_sms, programs)  # occupies every multiprocessor
-    balance = min(triton.cdiv(capacity, LONG_SPLIT), 8 * fill)  # 8: most of these programs may have nothing to do
+    balance = min(triton.cdiv(longest, LONG_SPLIT), 8 * fill)  # 8: most of these programs may have nothing to do
     min_split = 64 if fill > 1 else SHORT_SPLIT
-    return max(1, min(max(fill, balance), triton.cdiv(capacity, min_split))), min_split
+    return max(1, min(max(fill, balance), triton.cdiv(longest, min_split))), min_split
 
 
 @functools.cache

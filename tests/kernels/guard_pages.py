@@ -16,10 +16,11 @@ from tests.kernels.cases import Case, Inputs, build
 
 GUARD = 1 << 20  # bytes on either side: more than a block, so that block -1 lies in it
 FEATURES = {"window": 24, "softcap": 2.0, "sinks": True}
+LENS = (0, 1, 37, 130)  # the longest last: beyond its last table entry lies the guard
 CASES = [
-    Case(head_dim=80, group=3, num_splits=3),
-    Case(head_dim=80, v_head_dim=48, q_len=5, block_size=4, num_splits=1, **FEATURES),
-    Case(layout="HND", dtype=torch.float16, spare_blocks=0, num_splits=2, chunk=20),
+    Case(lens=LENS, spare_blocks=0, head_dim=80, group=3, num_splits=3),
+    Case(lens=LENS, head_dim=80, v_head_dim=48, q_len=5, block_size=4, num_splits=1, **FEATURES),
+    Case(lens=LENS, spare_blocks=0, layout="HND", dtype=torch.float16, num_splits=2, chunk=20),
 ]
 LIBC = ctypes.CDLL(None, use_errno=True)
 KEPT = []  # memory that tensors lie in
@@ -62,7 +63,7 @@ def main(side: str, *mistakes: str) -> None:
         expected = inputs.double().run(reference.paged_attention)
         inputs = guard_all(inputs, side)
         if mistakes:
-            inputs.block_table[0, 0] = -1 if side == "front" else inputs.key_cache.shape[0]
+            inputs.block_table[-1, 0] = -1 if side == "front" else inputs.key_cache.shape[0]
         triton_decode._splits = lambda *_, case=case: (case.num_splits, 1)
         out = inputs.run(triton_decode.paged_attention)
         torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)

@@ -77,3 +77,12 @@ def test_other_lengths_and_tables_do_not_recompile(folder: Path) -> None:
             launch(replace(LLAMA, **{"window": 16, **change}))
     assert len({kernel.hash for kernel in kernels if kernel.metadata.name == "_attend_kernel"}) == 1
     assert len({kernel.hash for kernel in kernels if kernel.metadata.name == "_merge_kernel"}) == 1
+
+
+def test_the_host_reads_no_lengths(folder: Path) -> None:
+    """The launcher works on a table and lengths without data: nothing waits for the device, a graph stays right."""
+    inputs = build(LLAMA)
+    no_data = {name: getattr(inputs, name).to("meta") for name in ("block_table", "seq_lens")}
+    with aot.compile_only(90) as kernels:
+        replace(inputs, **no_data).run(triton_decode._launch)
+    assert kernels

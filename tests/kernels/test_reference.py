@@ -65,7 +65,8 @@ def test_equals_a_loop_over_dense_keys(case: Case) -> None:
     inputs = build(case)
     out = inputs.run(paged_attention)
     assert out.is_contiguous()
-    torch.testing.assert_close(out, naive_attention(inputs), rtol=1e-12, atol=1e-14)
+    rounding = 1e-12 * case.gain  # of the scores, which the softmax passes on
+    torch.testing.assert_close(out, naive_attention(inputs), rtol=rounding, atol=rounding)
 
 
 def dense_row(inputs: Inputs, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -167,6 +167,7 @@ INVALID = {
     "need 2 rows": changed(block_table=lambda x: x[:1]),
     "lengths \\(3,\\) need": changed(seq_lens=lambda x: x.new_ones(3)),
     "sinks \\(5,\\)": changed(sinks=lambda _: torch.zeros(5, device=DEVICE)),
+    "on one device": changed(seq_lens=lambda x: x.to("meta")),
 }
 
 

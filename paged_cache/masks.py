@@ -69,7 +69,7 @@ class MaskSource:
         if mask is None:
             mask = masking_utils.sdpa_mask(**{**self.kwargs, "allow_is_causal_skip": False})
         assert mask is not None
-        return mask
+        return mask.contiguous()
 
 
 class LazyMask(LazyTensor):

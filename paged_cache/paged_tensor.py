@@ -10,7 +10,7 @@ class Source(Protocol):
     """Can make the tensor that a `LazyTensor` stands for."""
 
     def dense(self) -> torch.Tensor:
-        """The real tensor, of the shape, dtype and device that were announced."""
+        """The real tensor, of the shape, strides, dtype and device that were announced."""
         ...
 
 
@@ -25,9 +25,16 @@ class LazyTensor(torch.Tensor):
     _dense: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, source: Source, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "LazyTensor":
-        """A tensor without data."""
-        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(
+        cls,
+        source: Source,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        strides: tuple[int, ...] | None = None,
+    ) -> "LazyTensor":
+        """A tensor without data; `strides` are those the real one has, if it is not contiguous."""
+        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         tensor.source, tensor._dense = source, None
         return tensor
 

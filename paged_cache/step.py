@@ -8,7 +8,7 @@ import torch
 from .memory.growth import SKIP
 from .memory.sequence import Sequence
 from .memory.storage import KVStorage
-from .paged_tensor import PagedTensor
+from .paged_tensor import PagedTensor, Source
 
 
 class TableTensor:
@@ -143,10 +143,7 @@ class Step:
         view = PagedView(layer, group)
         if not self.lazy:
             return view.dense
-        return tuple(  # type: ignore[return-value]
-            PagedTensor(source, (len(self.rows), x.shape[1], group.kv_length, x.shape[3]), x.dtype, x.device)
-            for source, x in ((Keys(view), keys), (Values(view), values))
-        )
+        return view.lazy(Keys(view), keys), view.lazy(Values(view), values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +157,12 @@ class PagedView:
     def step(self) -> Step:
         """The forward."""
         return self.group.step
+
+    def lazy(self, source: Source, new: torch.Tensor) -> PagedTensor:
+        """Stands for one half of `dense`; `new` is that half of the new tokens."""
+        (batch, heads, _, dim), length = new.shape, self.group.kv_length
+        strides = (length * heads * dim, dim, heads * dim, 1)  # as a gather of whole tokens lays them out
+        return PagedTensor(source, (batch, heads, length, dim), new.dtype, new.device, strides)
 
     @cached_property
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:

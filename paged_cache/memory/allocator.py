@@ -16,6 +16,15 @@ class AllocatorCounters:
     evictions: int = 0
 
 
+@dataclass
+class ManagerCounters:
+    """Events over the manager's lifetime; prefix counters are in tokens."""
+
+    cow_copies: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
 class BlockAllocator:
     """Moves blocks between their states; nothing else changes reference counts.
 
@@ -125,12 +134,17 @@ class BlockAllocator:
         if block in self._cached:
             raise PagedCacheError(f"on_evict kept block {block} in the prefix index")
 
+    def recount(self, tables: Iterable[Sequence[int]]) -> list[int]:
+        """Starts again with the references of `tables` and no cached block; returns the blocks that became free."""
+        was_free = set(self._free)
+        self._ref_counts = _count(tables, self.num_blocks)
+        self._indexed, self._cached = set(), OrderedDict()
+        self._free = [block for block, count in enumerate(self._ref_counts) if count == 0][::-1]
+        return [block for block in self._free if block not in was_free]
+
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raises `PagedCacheError` unless `tables` explain every reference and each block is in exactly one state."""
-        counts = [0] * self.num_blocks
-        for table in tables:
-            for block in table:
-                counts[block] += 1
+        counts = _count(tables, self.num_blocks)
         if counts != self._ref_counts:
             wrong = [(b, c, r) for b, (c, r) in enumerate(zip(counts, self._ref_counts, strict=True)) if c != r]
             raise PagedCacheError(f"references (block, in tables, counted): {wrong[:8]}")
@@ -149,3 +163,11 @@ class BlockAllocator:
     def _add_free(self, blocks: list[int]) -> None:
         self._free.extend(reversed(blocks))
         self.counters.freed += len(blocks)
+
+
+def _count(tables: Iterable[Sequence[int]], num_blocks: int) -> list[int]:
+    counts = [0] * num_blocks
+    for table in tables:
+        for block in table:
+            counts[block] += 1
+    return counts

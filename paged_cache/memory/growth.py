@@ -22,7 +22,10 @@ class Growth:
 
 
 Source: TypeAlias = PrefixNode | tuple[int, int] | None
-"""Where a block comes from: the prefix index, (row, index in its tables) of the same step, or None for a new one."""
+"""Where a block comes from: the prefix index, another row of the step, or None for a new one.
+
+A row is named with an index: from the block with its first new token on.
+"""
 
 
 class Leader(NamedTuple):
@@ -30,7 +33,7 @@ class Leader(NamedTuple):
 
     Attributes:
         place: Stands for the prefix that ends with this block; below 0, so that it is no node's id.
-        block: (row, index in its tables), None if the block was there before and cannot be shared.
+        block: See `Source`; None if the block was there before and cannot be shared.
     """
 
     place: int
@@ -41,29 +44,33 @@ Leaders: TypeAlias = dict[tuple[int, tuple[int, ...]], Leader]
 
 
 @dataclass
-class Writes:
-    """What a step has to do to the storage.
-
-    Attributes:
-        copies: (source, destination) blocks to copy before anything is written.
-        slots: `slots[group][row]` is the slot of each new token of that row, or `SKIP`.
-    """
-
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    slots: list[list[list[int]]] = field(default_factory=list)
-
-
-@dataclass
 class RowPlan:
     """What one growth does.
 
     Attributes:
         sources: One for each block behind those that the sequence has already.
         keeps_partial: The partly filled last block is known to hold exactly the tokens that come: nothing is written.
+        writes_partial: The growth writes into the partly filled last block.
     """
 
     sources: list[Source] = field(default_factory=list)
     keeps_partial: bool = False
+    writes_partial: bool = False
+
+
+@dataclass
+class Plan:
+    """What a step does.
+
+    Attributes:
+        rows: One for each growth.
+        num_new: Blocks to allocate: new ones, and copies of shared ones.
+        num_cached: Cached blocks that come into use.
+    """
+
+    rows: list[RowPlan]
+    num_new: int
+    num_cached: int
 
 
 class GrowthPlanner:
@@ -73,39 +80,37 @@ class GrowthPlanner:
         self._allocator = allocator
         self._block_size = block_size
 
-    def plan(self, growths: list[Growth]) -> list[RowPlan]:
-        """One plan per growth. Rows that compute the same full block share it from the first of them on."""
+    def plan(self, growths: list[Growth]) -> Plan:
+        """What the growths need. Rows that compute the same full block share it from the first of them on."""
         leaders: Leaders = {}
-        return [self._plan_row(row, growth, leaders) for row, growth in enumerate(growths)]
-
-    def num_needed(self, growths: list[Growth], plans: list[RowPlan]) -> int:
-        """Blocks that have to be free: new ones, copies of shared ones, and cached ones that come into use."""
+        rows = [self._plan_row(row, growth, leaders) for row, growth in enumerate(growths)]
+        for growth, row in zip(growths, rows, strict=True):
+            is_partial = growth.num_tokens > 0 and growth.sequence.num_tokens % self._block_size > 0
+            row.writes_partial = is_partial and not row.keeps_partial
         num_groups = len(growths[0].sequence.tables) if growths else 0
-        hits = {block for plan in plans for source in plan.sources for block in _node_blocks(source)}
-        cached_hits = sum(self._allocator.ref_count(block) == 0 for block in hits)
-        new = sum(source is None for plan in plans for source in plan.sources) * num_groups
-        return new + cached_hits + self._num_copies(growths, plans)
+        hits = Counter(
+            block for row in rows for source in row.sources if isinstance(source, PrefixNode) for block in source.held()
+        )
+        new = sum(source is None for row in rows for source in row.sources) * num_groups
+        num_cached = sum(self._allocator.ref_count(block) == 0 for block in hits)
+        return Plan(rows, new + self._num_copies(growths, rows, hits), num_cached)
 
-    def _num_copies(self, growths: list[Growth], plans: list[RowPlan]) -> int:
+    def _num_copies(self, growths: list[Growth], plans: list[RowPlan], hits: Counter[int]) -> int:
         written = Counter(
             table[-1]
             for growth, plan in zip(growths, plans, strict=True)
-            if self.writes_partial(growth, plan)
+            if plan.writes_partial
             for table in growth.sequence.tables
         )
-        # the last writer of a block that nobody else holds writes in place
-        return sum(min(n, self._allocator.ref_count(block) - 1) for block, n in written.items())
-
-    def writes_partial(self, growth: Growth, plan: RowPlan) -> bool:
-        """Whether the growth writes into the last block that the sequence has."""
-        return bool(growth.num_tokens and growth.sequence.num_tokens % self._block_size and not plan.keeps_partial)
+        # the last writer of a block that nobody else holds, or takes from the index in this step, writes in place
+        return sum(min(n, self._allocator.ref_count(block) + hits[block] - 1) for block, n in written.items())
 
     def _plan_row(self, row: int, growth: Growth, leaders: Leaders) -> RowPlan:
         size, sequence = self._block_size, growth.sequence
         num_blocks = -(-(sequence.num_tokens + growth.num_tokens) // size)
         plan = RowPlan()
         if sequence.node is None or growth.tokens is None:
-            plan.sources = [None] * (num_blocks - len(sequence.tables[0]))
+            plan.sources = [None] * (num_blocks - -(-sequence.num_tokens // size))
             return plan
         node: PrefixNode | None = sequence.node
         place = id(node)  # where the prefix so far stands: a node, or below 0 a block that only this step computes
@@ -116,7 +121,7 @@ class GrowthPlanner:
                 plan.sources += [None] if start or not sequence.tail else []
                 break
             child = node.children.get(tokens) if node is not None else None
-            index = len(sequence.tables[0]) + len(plan.sources)
+            index = bool(sequence.tail) + len(plan.sources)
             leader = leaders.get((place, tokens))
             if start == 0 and sequence.tail:
                 plan.keeps_partial = child is not None and child.blocks == [table[-1] for table in sequence.tables]
@@ -134,7 +139,3 @@ class GrowthPlanner:
         if child is not None and None not in child.blocks:
             return child
         return leader.block if leader else None
-
-
-def _node_blocks(source: Source) -> list[int]:
-    return [b for b in source.blocks if b is not None] if isinstance(source, PrefixNode) else []

@@ -1,6 +1,7 @@
 """Finds blocks by the tokens they hold. Plain Python."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from weakref import WeakValueDictionary
 
 from ..errors import PagedCacheError
 
@@ -20,16 +21,20 @@ class PrefixNode:
         key: What a root stands for, None below.
     """
 
-    __slots__ = ("attached", "blocks", "children", "depth", "key", "parent", "tokens")
+    __slots__ = ("__weakref__", "attached", "blocks", "children", "depth", "key", "parent", "tokens")
 
     def __init__(self, parent: "PrefixNode | None", tokens: Tokens, num_groups: int, key: Hashable = None) -> None:
         self.parent = parent
         self.tokens = tokens
-        self.depth = parent.depth + 1 if parent else 0
+        self.depth: int = parent.depth + 1 if parent else 0
         self.blocks: list[int | None] = [None] * num_groups
         self.children: dict[Tokens, PrefixNode] = {}
         self.key = key
         self.attached = True
+
+    def held(self) -> list[int]:
+        """The blocks that there are."""
+        return [block for block in self.blocks if block is not None]
 
     def is_empty(self) -> bool:
         """Whether the node holds no block and leads to none."""
@@ -41,7 +46,8 @@ class PrefixIndex:
 
     def __init__(self, num_groups: int) -> None:
         self.num_groups = num_groups
-        self._roots: dict[Hashable, PrefixNode] = {}
+        # a root lives as long as a sequence or a block behind it: those of old weights and gone tenants vanish
+        self._roots: WeakValueDictionary[Hashable, PrefixNode] = WeakValueDictionary()
         self._places: dict[int, tuple[PrefixNode, int]] = {}
 
     def __len__(self) -> int:
@@ -90,10 +96,6 @@ class PrefixIndex:
             node = child
         return nodes
 
-    def drop_unused_roots(self) -> None:
-        """Forgets roots without a continuation (old weights, salts of tenants that are gone)."""
-        self._roots = {key: root for key, root in self._roots.items() if root.children}
-
     def check(self, is_indexed: set[int]) -> None:
         """Raises `PagedCacheError` unless nodes and places agree with each other and with the allocator's marks."""
         if set(self._places) != is_indexed:
@@ -101,6 +103,15 @@ class PrefixIndex:
         for block, (node, group) in self._places.items():
             if node.blocks[group] != block:
                 raise PagedCacheError(f"block {block} is not where the prefix index says")
+            if not self._is_reachable(node):
+                raise PagedCacheError(f"block {block} cannot be found from its root")
+
+    def _is_reachable(self, node: PrefixNode) -> bool:
+        while node.parent is not None:
+            if not node.attached or node.parent.children.get(node.tokens) is not node:
+                return False
+            node = node.parent
+        return self._roots.get(node.key) is node
 
     def _attached(self, node: PrefixNode) -> PrefixNode:
         """The node that stands for `node` in the trie; pruned ones are put back."""
@@ -111,8 +122,10 @@ class PrefixIndex:
         if node.parent is None:
             node = self._roots.setdefault(node.key, node)
         for child in reversed(detached):
-            child.parent, child.attached = node, True
-            node = node.children.setdefault(child.tokens, child)
+            known = node.children.setdefault(child.tokens, child)
+            if known is child:
+                child.parent, child.attached = node, True
+            node = known
         return node
 
     def _prune(self, node: PrefixNode) -> None:

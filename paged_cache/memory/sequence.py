@@ -1,10 +1,14 @@
 """One row of a cache: its block tables, one per layer group. Plain Python."""
 
+import itertools
+
 from ..errors import PagedCacheError
 from .prefix import PrefixNode
 
 HOLE = -1
 """Stands in a block table where the block went back to the pool because it is behind the group's window."""
+
+_versions = itertools.count()
 
 
 class Sequence:
@@ -17,7 +21,8 @@ class Sequence:
             are not known or must not be shared.
         tail: Token ids behind `node` that the model has computed.
         fresh: Token ids of the open step: they move to `tail` when it is committed.
-        version: Grows whenever a table changes, so that copies of it on a device know when they are stale.
+        version: Changes with the tables, so that copies of them on a device know when they are stale. No other sequence
+            ever has the same, unlike an `id`, which a new sequence may inherit from a dead one.
     """
 
     __slots__ = ("fresh", "node", "num_tokens", "tables", "tail", "version")
@@ -28,7 +33,11 @@ class Sequence:
         self.node = root
         self.tail: list[int] = []
         self.fresh: list[int] = []
-        self.version = 0
+        self.touch()
+
+    def touch(self) -> None:
+        """Notes that a table changed."""
+        self.version = next(_versions)
 
     def copy(self) -> "Sequence":
         """Another sequence with the same tables; the caller counts the references."""
@@ -41,6 +50,27 @@ class Sequence:
     def forget_tokens(self) -> None:
         """From here on nothing of this sequence enters the prefix index."""
         self.node, self.tail, self.fresh = None, [], []
+
+    def cut(self, num_blocks: int) -> list[int]:
+        """Takes all blocks behind the first `num_blocks` off the tables and returns them, last ones first."""
+        taken = [block for table in self.tables for block in reversed(table[num_blocks:]) if block != HOLE]
+        for table in self.tables:
+            del table[num_blocks:]
+        self.touch()
+        return taken
+
+    def drop_past(self, first_visible: list[int]) -> list[int]:
+        """Takes the blocks before each group's first visible one out of the tables and returns them."""
+        passed = []
+        for table, first in zip(self.tables, first_visible, strict=True):
+            i = first - 1
+            while i >= 0 and table[i] != HOLE:
+                passed.append(table[i])
+                table[i] = HOLE
+                i -= 1
+        if passed:
+            self.touch()
+        return passed
 
     def blocks(self) -> list[int]:
         """All blocks the sequence holds, last ones first."""

@@ -1,0 +1,234 @@
+"""Any order of operations on a small pool, against rows that are plain lists."""
+
+import itertools
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paged_cache.errors import OutOfBlocksError
+from paged_cache.memory.manager import BlockManager
+from paged_cache.memory.prefix import PrefixNode
+from tests.memory.fake_storage import POISON, FakeStorage, Row, Slots
+
+MAX_ROWS = 8
+ROOTS = (None, "a", "b")
+
+picks = st.integers(0, 10**6)  # taken modulo what there is
+token_lists = st.lists(st.sampled_from((-1, -2)), max_size=9)  # two ids with one hash
+
+
+def pick(items: list, numbers: list[int]) -> list:
+    """Different items, as many as numbers if there are so many."""
+    left = list(items)
+    return [left.pop(number % len(left)) for number in numbers[: len(items)]]
+
+
+def path(node: PrefixNode) -> tuple:
+    """Root key and all token ids that a node stands for."""
+    if node.parent is None:
+        return (node.key,)
+    return (*path(node.parent), *node.tokens)
+
+
+class Pool(RuleBasedStateMachine):
+    """Rows that share a pool, with forwards that may stay open while others go on."""
+
+    @initialize(
+        num_blocks=st.integers(3, 16),
+        block_size=st.sampled_from((1, 2, 4)),
+        windows=st.sampled_from(((None,), (None, 6), (5,), (2,), (None, 3, 1))),
+        prefix_caching=st.sampled_from((True, True, True, False)),
+    )
+    def start_pool(self, num_blocks: int, block_size: int, windows: tuple, prefix_caching: bool) -> None:
+        self.manager = BlockManager(num_blocks, block_size, windows, prefix_caching)
+        self.storage = FakeStorage(self.manager)
+        self.rows: list[Row] = []
+        self.steps: list[tuple[Slots, bool]] = []  # open ones, and whether their slots are still to be written
+        self.private = itertools.count()
+
+    # Rows of open steps can be given back, nothing else; see PagedState.settle.
+
+    @property
+    def closed(self) -> list[Row]:
+        opened = [id(row) for step, _ in self.steps for row in step.rows]
+        return [row for row in self.rows if id(row) not in opened]
+
+    def has_room(self) -> bool:
+        return len(self.rows) < MAX_ROWS
+
+    def has_closed(self) -> bool:
+        return bool(self.closed)
+
+    @precondition(has_room)
+    @rule(root=st.sampled_from(ROOTS))
+    def new(self, root: str | None) -> None:
+        self.rows.append(self._new(root))
+
+    @precondition(has_room)
+    @rule(root=st.sampled_from(ROOTS), like=picks, tokens=token_lists, limit=st.integers(0, 20))
+    def start_from_prefix(self, root: str | None, like: int, tokens: list[int], limit: int) -> None:
+        row = self._new(root)
+        tokens = [*(self.rows[like % len(self.rows)].tokens[: like % 13] if self.rows else []), *tokens]
+        found = self.manager.match(row.sequence, tokens, min(limit, len(tokens)))
+        assert found == self._longest_prefix(root, tokens, min(limit, len(tokens)))
+        self.manager.take_prefix(row.sequence, tokens, found)
+        row.append(tokens[:found])
+        row.floor = row.computed = found
+        self.rows.append(row)
+
+    @precondition(has_closed)
+    @rule(
+        numbers=st.lists(picks, min_size=1, max_size=4),
+        tokens=st.lists(token_lists, min_size=4, max_size=4),
+        alike=st.booleans(),
+        known=st.sampled_from((True, True, True, False)),
+        late=st.booleans(),
+    )
+    def begin(self, numbers: list[int], tokens: list[list[int]], alike: bool, known: bool, late: bool) -> None:
+        rows = pick(self.closed, numbers)
+        ids = [tokens[0 if alike else i] for i in range(len(rows))]
+        self.manager.check()  # takes abandoned rows back, which is no part of the step
+        before = self._snapshot()
+        try:
+            step = self.storage.extend(rows, ids, [known, *[True] * (len(rows) - 1)])
+        except OutOfBlocksError:
+            assert self._snapshot() == before
+            return
+        if not known and ids[0]:
+            self._make_private(rows[0], step.starts[0])
+        if not late:
+            self.storage.write(step)
+        self.steps.append((step, late))
+
+    @precondition(lambda self: self.steps)
+    @rule(number=picks, keep_past=st.booleans())
+    def finish(self, number: int, keep_past: bool) -> None:
+        step, late = self.steps.pop(number % len(self.steps))
+        if late:
+            self.storage.write(step)
+        self.storage.commit(step, keep_past)
+
+    @precondition(lambda self: self.steps)
+    @rule(number=picks)
+    def abort(self, number: int) -> None:
+        step, _ = self.steps.pop(number % len(self.steps))
+        self.storage.abort(step)
+
+    @precondition(lambda self: self.has_room() and self.has_closed())
+    @rule(number=picks)
+    def fork(self, number: int) -> None:
+        (row,) = pick(self.closed, [number])
+        self.rows.append(row.copy(self.manager.fork(row.sequence)))
+
+    @precondition(has_closed)
+    @rule(numbers=st.lists(picks, min_size=1, max_size=4), indices=st.lists(st.integers(-4, 3), max_size=4))
+    def select(self, numbers: list[int], indices: list[int]) -> None:
+        rows = pick(self.closed, numbers)
+        indices = [i for i in indices if -len(rows) <= i < len(rows)]
+        sequences = self.manager.select([row.sequence for row in rows], indices)
+        assert len({id(sequence) for sequence in sequences}) == len(indices)
+        self.rows = [row for row in self.rows if row not in rows]
+        self.rows += [rows[i].copy(sequence) for i, sequence in zip(indices, sequences, strict=True)]
+
+    @precondition(has_closed)
+    @rule(number=picks, num_tokens=st.integers(0, 10))
+    def crop(self, number: int, num_tokens: int) -> None:
+        (row,) = pick(self.closed, [number])
+        floor = row.floor if any(self.manager.windows) else 0
+        row.cut(max(len(row.tokens) - num_tokens, floor))
+        self.manager.truncate(row.sequence, len(row.tokens))
+        self.manager.commit(row.sequence)
+        row.floor = len(row.tokens)
+
+    @precondition(lambda self: self.rows)
+    @rule(number=picks, in_finalizer=st.booleans())
+    def give_back(self, number: int, in_finalizer: bool) -> None:
+        row = self.rows.pop(number % len(self.rows))
+        if in_finalizer:
+            self.manager.abandon([row.sequence])
+        else:
+            self.manager.release(row.sequence)
+            self.manager.release(row.sequence)
+        for step, _ in self.steps:
+            kept = [i for i, other in enumerate(step.rows) if other is not row]
+            step.rows[:], step.starts[:] = [step.rows[i] for i in kept], [step.starts[i] for i in kept]
+            for slots in step.writes.slots:
+                slots[:] = [slots[i] for i in kept]
+
+    @rule(share=st.integers(1, 4))
+    def press(self, share: int) -> None:
+        """Another user of the pool takes a part of what is free, and goes."""
+        row = self._new(None)
+        num_blocks = self.manager.num_free * share // 4 // len(self.manager.windows)
+        step = self.storage.extend([row], [[7] * (num_blocks * self.manager.block_size)])
+        self.storage.write(step)
+        self.storage.commit(step)
+        self.storage.check([row])
+        self.manager.release(row.sequence)
+
+    @rule()
+    def clear_prefix_cache(self) -> None:
+        self.manager.clear_prefix_cache()
+        assert not self.manager.num_cached
+        for row in self.rows:
+            self._make_private(row, len(row.tokens))
+
+    @invariant()
+    def holds_what_a_naive_cache_holds(self) -> None:
+        self.manager.check()
+        self.storage.check(self.rows)
+        for block in self.manager.allocator._free:
+            assert set(self.storage.slots[block]) == {POISON}
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        for row in self.rows:
+            self.manager.release(row.sequence)
+        self.manager.check()
+        assert self.manager.num_free == self.manager.allocator.num_blocks
+        self.manager.clear_prefix_cache()
+        assert len(self.manager.index) == self.manager.num_cached == 0
+
+    def _new(self, root: str | None) -> Row:
+        row = Row(self.manager.new_sequence(root), root)
+        if root is None:
+            self._make_private(row, 0)
+        return row
+
+    def _make_private(self, row: Row, start: int) -> None:
+        """What comes from `start` on can be shared with nobody but forks."""
+        row.root = ("private", next(self.private))
+        ids, computed = row.tokens[start:], row.computed
+        row.cut(start)
+        row.append(ids)
+        row.computed = computed
+
+    def _longest_prefix(self, root: str | None, tokens: list[int], limit: int) -> int:
+        manager, size = self.manager, self.manager.block_size
+        known = {(path(node), group) for node, group in manager.index._places.values()}
+        for length in range(limit, 0, -1):
+            end = -(-length // size)
+            seen = [(g, i) for g in range(len(manager.windows)) for i in range(self._first_seen(g, length), end)]
+            if len(tokens) >= end * size and all(((root, *tokens[: (i + 1) * size]), g) in known for g, i in seen):
+                return length
+        return 0
+
+    def _first_seen(self, group: int, length: int) -> int:
+        window = self.manager.windows[group]
+        return 0 if window is None else max(length - window + 1, 0) // self.manager.block_size
+
+    def _snapshot(self) -> tuple:
+        manager, allocator = self.manager, self.manager.allocator
+        sequences = [
+            (id(s), [list(t) for t in s.tables], s.num_tokens, id(s.node), list(s.tail), list(s.fresh), s.version)
+            for s in manager._sequences.values()
+        ]
+        states = (list(allocator._ref_counts), list(allocator._free), list(allocator._cached), set(allocator._indexed))
+        places = {block: (id(node), group) for block, (node, group) in manager.index._places.items()}
+        return sequences, states, places, vars(allocator.counters).copy(), vars(manager.counters).copy()
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -13,7 +13,7 @@ LANES = 16
 
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _STORED = {types.float32: _FLOAT, types.uint16: _I16, types.int16: _HALF}
-_NO_NAN_RULES = ("reassoc", "contract", "nsz")  # fast maths that keeps the meaning of infinities
+_FAST = ("reassoc", "contract", "nsz")  # fast maths that keeps infinities and NaN
 
 
 def _wide(element: ir.Type) -> ir.VectorType:
@@ -147,6 +147,18 @@ def store(typingctx, address, index, value):
 
 
 @intrinsic
+def prefetch(typingctx, address, index, kind):
+    """Asks for the cache line of an element."""
+
+    def codegen(context, builder, signature, args):
+        pointer = _element_pointer(builder, args[0], args[1], _STORED[kind])
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, kind), codegen
+
+
+@intrinsic
 def peek(typingctx, address, index, kind):
     """One number of the type of `kind` (int32 or float32)."""
 
@@ -187,82 +199,48 @@ def splat(typingctx, scalar):
     return vector(types.float32), codegen
 
 
-def _binary(emit):
-    @intrinsic
-    def operation(typingctx, a, b):
-        def codegen(context, builder, signature, args):
-            return emit(builder, *args)
-
-        return vector(vector, vector), codegen
-
-    return operation
+def _add(builder, a, b):
+    return builder.fadd(a, b, flags=_FAST)
 
 
-mul = _binary(lambda builder, a, b: builder.fmul(a, b, flags=_NO_NAN_RULES))
-add = _binary(lambda builder, a, b: builder.fadd(a, b, flags=_NO_NAN_RULES))
-sub = _binary(lambda builder, a, b: builder.fsub(a, b, flags=_NO_NAN_RULES))
-maximum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-
-
-@intrinsic
-def fma(typingctx, a, b, c):
-    """Multiply and add: a * b + c."""
-
-    def codegen(context, builder, signature, args):
-        return _fma(builder, *args)
-
-    return vector(vector, vector, vector), codegen
+def _mul(builder, a, b):
+    return builder.fmul(a, b, flags=_FAST)
 
 
 def _fma(builder, a, b, c):
-    return builder.fadd(builder.fmul(a, b, flags=_NO_NAN_RULES), c, flags=_NO_NAN_RULES)
+    return _add(builder, _mul(builder, a, b), c)
 
 
-@intrinsic
-def lane_sum(typingctx, a):
-    """Sum of the lanes."""
-
-    def codegen(context, builder, signature, args):
-        return _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _FLOAT, [_FLOAT(0.0), args[0]], _NO_NAN_RULES)
-
-    return types.float32(vector), codegen
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@intrinsic
-def lane_max(typingctx, a):
-    """Largest lane."""
+def _fold(builder, combine, x, y, half: int, width: int):
+    """Combines the two halves of every group of 2 * `half` lanes of x and y; `width` lanes are left."""
+    low = [i for i in range(2 * width) if i % (2 * half) < half]
+    shape = ir.VectorType(_I32, width)
+    first = builder.shuffle_vector(x, y, ir.Constant(shape, low))
+    second = builder.shuffle_vector(x, y, ir.Constant(shape, [i + half for i in low]))
+    return combine(builder, first, second)
 
-    def codegen(context, builder, signature, args):
-        return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _FLOAT, [args[0]], ("nnan", "nsz"))
 
-    return types.float32(vector), codegen
+def _reduce(builder, combine, x):
+    for half in (8, 4, 2, 1):
+        x = _fold(builder, combine, x, x, half, half)
+    return builder.extract_element(x, _I32(0))
 
 
 @intrinsic
 def store_sums(typingctx, address, index, a, b, c, d):
     """Writes the lane sums of four vectors, side by side, as float32: one reduction tree for all four."""
 
-    def fold(builder, x, y, half):
-        """Lanes [x: n groups][y: n groups] of size `half`, each the sum of the two halves of a group of x or y."""
-        width = x.type.count
-        low = [i for i in range(2 * width) if i % (2 * half) < half]
-        shape = ir.VectorType(_I32, width)
-        first = builder.shuffle_vector(x, y, ir.Constant(shape, low))
-        second = builder.shuffle_vector(x, y, ir.Constant(shape, [i + half for i in low]))
-        return builder.fadd(first, second, flags=_NO_NAN_RULES)
-
     def codegen(context, builder, signature, args):
-        ab, cd = fold(builder, args[2], args[3], 8), fold(builder, args[4], args[5], 8)
-        total = fold(builder, ab, cd, 4)  # four lanes per vector
-        for half in (2, 1):
-            width = total.type.count // 2
-            low = [i for i in range(2 * width) if i % (2 * half) < half]
-            shape = ir.VectorType(_I32, width)
-            first = builder.shuffle_vector(total, total, ir.Constant(shape, low))
-            second = builder.shuffle_vector(total, total, ir.Constant(shape, [i + half for i in low]))
-            total = builder.fadd(first, second, flags=_NO_NAN_RULES)
+        ab, cd = (_fold(builder, _add, x, y, 8, 16) for x, y in (args[2:4], args[4:6]))
+        sums = _fold(builder, _add, ab, cd, 4, 16)  # four lanes of each vector
+        sums = _fold(builder, _add, sums, sums, 2, 8)
+        sums = _fold(builder, _add, sums, sums, 1, 4)
         pointer = _element_pointer(builder, args[0], args[1], _FLOAT)
-        builder.store(total, builder.bitcast(pointer, total.type.as_pointer()), align=4)
+        builder.store(sums, builder.bitcast(pointer, sums.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, vector, vector, vector, vector), codegen
@@ -285,34 +263,52 @@ def _exp2(builder, x):
     return builder.select(builder.fcmp_ordered("<", x, _const(-126.0)), _const(0.0), result)
 
 
-@intrinsic
-def exp2(typingctx, x):
-    """2 ** x with a relative error below 2e-7; 0 below 2 ** -126."""
-
-    def codegen(context, builder, signature, args):
-        return _exp2(builder, args[0])
-
-    return vector(vector), codegen
-
-
 _TANH = (62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)  # Taylor, for small x
 
 
-@intrinsic
-def tanh(typingctx, x):
-    """Hyperbolic tangent."""
+def _tanh(builder, x):
+    square = builder.fmul(x, x)
+    small = _const(_TANH[0])
+    for coefficient in _TANH[1:]:
+        small = _fma(builder, small, square, _const(coefficient))
+    power = _exp2(builder, builder.fmul(x, _const(2.8853900817779268)))
+    large = builder.fsub(_const(1.0), builder.fdiv(_const(2.0), builder.fadd(power, _const(1.0))))
+    return builder.select(builder.fcmp_ordered("<", square, _const(0.09)), builder.fmul(x, small), large)
 
-    def codegen(context, builder, signature, args):
-        x = args[0]
-        square = builder.fmul(x, x)
-        small = _const(_TANH[0])
-        for coefficient in _TANH[1:]:
-            small = _fma(builder, small, square, _const(coefficient))
-        power = _exp2(builder, builder.fmul(x, _const(2.8853900817779268)))
-        large = builder.fsub(_const(1.0), builder.fdiv(_const(2.0), builder.fadd(power, _const(1.0))))
-        return builder.select(builder.fcmp_ordered("<", square, _const(0.09)), builder.fmul(x, small), large)
 
-    return vector(vector), codegen
+def _unary(emit, result=vector):
+    @intrinsic
+    def operation(typingctx, a):
+        return result(vector), lambda context, builder, signature, args: emit(builder, *args)
+
+    return operation
+
+
+def _binary(emit):
+    @intrinsic
+    def operation(typingctx, a, b):
+        return vector(vector, vector), lambda context, builder, signature, args: emit(builder, *args)
+
+    return operation
+
+
+def _ternary(emit):
+    @intrinsic
+    def operation(typingctx, a, b, c):
+        return vector(vector, vector, vector), lambda context, builder, signature, args: emit(builder, *args)
+
+    return operation
+
+
+add = _binary(_add)
+sub = _binary(lambda builder, a, b: builder.fsub(a, b, flags=_FAST))
+mul = _binary(_mul)
+fma = _ternary(_fma)  # a * b + c
+maximum = _binary(_larger)
+lane_sum = _unary(lambda builder, x: _reduce(builder, _add, x), types.float32)
+lane_max = _unary(lambda builder, x: _reduce(builder, _larger, x), types.float32)
+exp2 = _unary(_exp2)  # relative error below 2e-7; 0 below 2 ** -126
+tanh = _unary(_tanh)
 
 
 @intrinsic

@@ -132,8 +132,19 @@ def test_says_why_a_call_is_not_taken() -> None:
     assert "torch.float64" in cpu.supports(query, keys, values.double())
     assert "contiguous" in cpu.supports(query, strided, values)
     assert "gradient" in cpu.supports(query.clone().requires_grad_(), keys, values)
-    with pytest.raises(InvalidRequestError, match="float64"):
-        inputs.double().run(cpu.paged_attention)
+    with pytest.raises(InvalidRequestError, match="4 rows"):
+        replace(inputs, block_table=inputs.block_table[:2]).run(cpu.paged_attention)
+
+
+def test_a_nan_of_the_model_stays_visible() -> None:
+    """A NaN in a key that is seen spoils the rows that see it and no other one."""
+    inputs = build(Case(q_len=4))
+    inputs.key_cache[inputs.block_table[0, 1], 2] = float("nan")  # position 18 of row 0, whose queries are at 33 to 36
+
+    spoiled = inputs.run(cpu.paged_attention).isnan().flatten(1)
+
+    assert spoiled.all(1).tolist() == [True, False, False, False]
+    assert spoiled.any(1).tolist() == [True, False, False, False]
 
 
 FORKS = """

@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 from .errors import InvalidRequestError, UnsupportedModelError
 
+SMALL = 50_000_000
+"""Parameters."""
 PROBE = [[5, 6, 7], [5, 6, 8]]
 """Two inputs that differ in their last token only: a causal model answers alike up to there."""
 
@@ -37,6 +39,18 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
+@contextmanager
+def few_threads(model: PreTrainedModel) -> Iterator[None]:
+    """One thread for a small model: more do not help it, and wait for each other where the cores are shared."""
+    before = torch.get_num_threads()
+    if model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the output at a token is the same whatever comes after it."""
@@ -61,7 +75,9 @@ def _load(auto_class: Any, name: str | Path, part: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         known = Path(name).is_dir()
-        where = "the folder has none that transformers can read" if known else "no such folder, nor such an id within reach"
+        where = (
+            "the folder has none that transformers can read" if known else "no such folder, nor such an id within reach"
+        )
         raise InvalidRequestError(f"cannot load the {part} of {name}: {where} ({_first_line(error)})") from error
 
 

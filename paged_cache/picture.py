@@ -15,11 +15,11 @@ from .pool_map import BlockState, Owner, PoolMap
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FREE, CACHED, OTHERS = "·", "c", "?"
-SHARED_COLOR, CACHED_COLOR, OTHERS_COLOR, FREE_COLOR, INK = "#f2b134", "#c3c9d2", "#8a8f98", "#f4f5f7", "#1f2430"
+FREE, CACHED, OTHERS = "·", "~", "?"
+SHARED_COLOR, CACHED_COLOR, OTHERS_COLOR, FREE_COLOR, INK = "#f6c566", "#c3c9d2", "#8a8f98", "#f4f5f7", "#1f2430"
 ROW_COLORS = (
     "#6fa8dc", "#7fbf7b", "#c39bd3", "#e58b88", "#5fc4c0", "#b39b7d", "#f2a3c7", "#a3c940", "#8f9be8", "#e0a070",
-    "#62b58f", "#d4d06a",
+    "#62b58f", "#d4d06a", "#b5a3e0", "#9ab8c4",
 )  # fmt: skip
 
 
@@ -71,13 +71,23 @@ def _cell(character: str, block: BlockState) -> Text:
 def _legend(pool_map: PoolMap) -> list[Text]:
     lines = [_names(name, owners, pool_map) for name, owners in pool_map.names.items()]
     states = [
-        (BlockState("referenced", 2, (), 0), "2-9", f"{pool_map.num_shared} blocks shared by so many rows (+ for more)"),
-        (BlockState("cached", 0, (), 0), CACHED, f"{pool_map.count('cached')} cached: nobody's, kept for the next prompt like it"),
+        (
+            BlockState("referenced", 2, (), 0),
+            "2-9",
+            f"{pool_map.num_shared} blocks shared by so many rows (+ for more)",
+        ),
+        (
+            BlockState("cached", 0, (), 0),
+            CACHED,
+            f"{pool_map.count('cached')} cached: nobody's, kept for the next prompt like it",
+        ),
         (BlockState("free", 0, (), 0), FREE, f"{pool_map.count('free')} free"),
     ]
     if any(block.kind == "referenced" and not block.owners for block in pool_map.blocks):
         states.append((BlockState("referenced", 1, (), 0), OTHERS, "others"))
-    return lines + [Text.assemble("  ", _cell(mark, block), " " * (5 - len(mark)), text) for block, mark, text in states]
+    return lines + [
+        Text.assemble("  ", _cell(mark, block), " " * (5 - len(mark)), text) for block, mark, text in states
+    ]
 
 
 def _names(name: str, owners: list[Owner], pool_map: PoolMap) -> Text:
@@ -102,7 +112,9 @@ def save_png(pool_map: PoolMap, path: Path, title: str = "The pool") -> None:
     _draw_pool(upper, pool_map, per_line)
     _draw_tables(lower, pool_map, tables)
     upper.set_title(f"{title}: {_counts(pool_map)}", loc="left", fontsize=11, color=INK, fontweight="bold")
-    lower.set_title("Block tables: the blocks of each row, in order", loc="left", fontsize=11, color=INK, fontweight="bold")
+    lower.set_title(
+        "Block tables: the blocks of each row, in order", loc="left", fontsize=11, color=INK, fontweight="bold"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -138,9 +150,10 @@ def _draw_cell(axes: "Axes", x: int, y: int, block: BlockState, block_size: int,
     """One block, coloured as far up as it is filled."""
     from matplotlib.patches import Rectangle
 
-    fill = block.num_tokens / block_size if block.owners else 1.0
-    style = {"facecolor": color(block), "linewidth": 0, "hatch": "////" if block.kind == "cached" else None}
-    axes.add_patch(Rectangle((x + 0.06, y + 0.06 + 0.88 * (1 - fill)), 0.88, 0.88 * fill, edgecolor="white", **style))
+    fill = 0.88 * (block.num_tokens / block_size if block.owners else 1.0)
+    hatch = "////" if block.kind == "cached" else None
+    corner = (x + 0.06, y + 0.94 - fill)
+    axes.add_patch(Rectangle(corner, 0.88, fill, facecolor=color(block), edgecolor="white", linewidth=0, hatch=hatch))
     axes.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, facecolor="none", edgecolor="#aab1bc", linewidth=0.6))
     axes.text(x + 0.5, y + 0.52, mark, ha="center", va="center", fontsize=size, color=INK)
 
@@ -158,7 +171,11 @@ def _png_legend(axes: "Axes") -> None:
     entries = [
         Patch(facecolor=ROW_COLORS[0], label="of one row (its letter), filled as far as its slots are used"),
         Patch(facecolor=SHARED_COLOR, label="shared (by how many rows)"),
-        Patch(facecolor=CACHED_COLOR, hatch="////", edgecolor="white", label="cached: kept for the next prompt like it"),
+        Patch(
+            facecolor=CACHED_COLOR, hatch="////", edgecolor="white", label="cached: kept for the next prompt like it"
+        ),
         Patch(facecolor=FREE_COLOR, edgecolor="#aab1bc", label="free"),
     ]
-    axes.legend(handles=entries, loc="upper left", bbox_to_anchor=(0, 0), ncols=4, frameon=False, fontsize=8, handlelength=1.2)
+    axes.legend(
+        handles=entries, loc="upper left", bbox_to_anchor=(0, 0), ncols=4, frameon=False, fontsize=8, handlelength=1.2
+    )

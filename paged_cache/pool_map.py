@@ -91,9 +91,7 @@ def pool_map(pool: BlockPool, caches: Mapping[str, PagedCache] | None = None) ->
             for i, block in enumerate(table):
                 held.setdefault(block, []).append(index)
                 filled[block] = max(filled.get(block, 0), min(owner.num_tokens - i * pool.block_size, pool.block_size))
-    states = [
-        _state(pool, block, tuple(held.get(block, ())), filled.get(block, 0)) for block in range(pool.num_blocks)
-    ]
+    states = [_state(pool, block, tuple(held.get(block, ())), filled.get(block, 0)) for block in range(pool.num_blocks)]
     return PoolMap(owners, tuple(states), pool.block_size)
 
 

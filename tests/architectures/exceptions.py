@@ -41,3 +41,6 @@ MODEL_DEFINED_LAYERS = {
     "MiniMaxM3VLSparseCacheLayer": "holds the keys of its block index",
     "UnlimitedOcrDynamicReferenceSlidingWindowLayer": "keeps the prompt and slides over the answer",
 }
+
+# Architectures without keys and values: a state is all they remember.
+STATE_ONLY = ("falcon_mamba", "mamba", "mamba2")

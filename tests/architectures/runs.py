@@ -16,13 +16,13 @@ CHECKS = {
     "beam search": {"num_beams": 3},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
 }
-# The penalty keeps random models out of short loops, in which any cache would do.
+# The penalty keeps random models out of short loops, in which any cache would do; what is left is decided by a hair.
 ALWAYS = {
     "max_new_tokens": NEW_TOKENS,
     "do_sample": False,
     "num_return_sequences": 1,
     "eos_token_id": None,
-    "repetition_penalty": 2.0,
+    "repetition_penalty": 10.0,
 }
 
 
@@ -47,11 +47,15 @@ def with_cross_attention(model, cache):
     return EncoderDecoderCache(cache, dynamic_cache(model)) if model.config.is_encoder_decoder else cache
 
 
-def run(model, extra_inputs, check, cache):
+def run(model, extra_inputs, check, cache, between_turns=None):
     """Generate with this cache and return the tokens; after two turns, those of the whole conversation."""
     inputs = prompts(model) | extra_inputs | {cache_argument(model): with_cross_attention(model, cache)}
     output = generate(model, inputs | CHECKS[check])
-    return generate(model, inputs | next_turn(model, inputs, output)) if check == "second turn" else output
+    if check != "second turn":
+        return output
+    if between_turns is not None:
+        between_turns(cache)
+    return generate(model, inputs | next_turn(model, inputs, output))
 
 
 def generate(model, inputs):

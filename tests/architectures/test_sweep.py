@@ -10,7 +10,7 @@ from transformers import logging
 
 import paged_cache
 from paged_cache import BlockPool, PagedCache
-from tests.architectures.exceptions import CHECKS_LEFT_OUT, LEFT_OUT, MODEL_DEFINED_LAYERS
+from tests.architectures.exceptions import CHECKS_LEFT_OUT, LEFT_OUT, MODEL_DEFINED_LAYERS, STATE_ONLY
 from tests.architectures.runs import CHECKS, NEW_TOKENS, checks_of, dynamic_cache, run
 from tests.architectures.tiny import ARCHITECTURES, build
 
@@ -55,6 +55,14 @@ def run_with_dynamic_cache(name, check):
     assert cache.get_seq_length() > 0
 
 
+def put_one_token_twice(cache):
+    """Overwrite keys and values of the last token but two by those of the token before."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys[..., -3, :] = layer.keys[..., -4, :]
+            layer.values[..., -3, :] = layer.values[..., -4, :]
+
+
 def plain_layers(cache):
     """Classes of those layers that hold keys and values outside of the pool."""
     holding = [type(layer) for layer in cache.layers if getattr(layer, "keys", None) is not None]
@@ -85,6 +93,14 @@ def test_reference_says_something(name):
     """The tiny model does not repeat itself: equal tokens would otherwise prove nothing."""
     for row in reference(name, checks_of(name)[0])[..., -NEW_TOKENS:]:
         assert len(row.unique()) >= LEAST_DISTINCT_TOKENS
+
+
+@pytest.mark.parametrize("name", [name for name, check in CASES if check == "second turn" and name not in STATE_ONLY])
+def test_one_wrong_token_is_noticed(name):
+    """With the keys and values of one token in the place of another's, the tiny model goes on differently."""
+    model, extra_inputs = tiny_model(name)
+    disturbed = run(model, extra_inputs, "second turn", dynamic_cache(model), between_turns=put_one_token_twice)
+    assert disturbed.tolist() != reference(name, "second turn").tolist()
 
 
 @pytest.mark.parametrize(("name", "check"), IMPOSSIBLE)

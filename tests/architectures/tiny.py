@@ -10,11 +10,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.architectures.inputs import EXTRA_INPUTS
-from tests.architectures.overrides import OVERRIDES, STAND_INS, SUBMODELS, TAKE_DICTS
+from tests.architectures.overrides import OVERRIDES, SEEDS, STAND_INS, SUBMODELS, TAKE_DICTS
 from tests.architectures.sizes import BOS, PAD, SIZES
 
-SEED = 0
-WEIGHT_GAIN = 2.0
+WEIGHT_GAIN = 1.5
 VECTOR_NOISE = 0.1
 MIXED_LAYERS = 4
 
@@ -37,13 +36,13 @@ def build(name):
     config = tiny_config(config_class_of(name, model_class))
     for key, value in STAND_INS.get(name, {}).items():
         vars(config)[key] = tiny_config(CONFIG_MAPPING[value["model_type"]], **value)
-    torch.manual_seed(SEED)
+    torch.manual_seed(SEEDS.get(name, 0))
     model = model_class(config).float().eval()
     model = operator.attrgetter(SUBMODELS[name])(model) if name in SUBMODELS else model
     untie(model)
     randomise(model)
     model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, decoder_start_token_id=BOS)
-    torch.manual_seed(SEED)
+    torch.manual_seed(SEEDS.get(name, 0))
     return model, EXTRA_INPUTS[name]() if name in EXTRA_INPUTS else {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -53,7 +53,7 @@ def split_documents(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text survives encode and decode unchanged."""
+    """Byte-level BPE: any text survives encode and decode unchanged, behind the <|bos|> that encode puts first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -64,6 +64,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
         vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos = [(BOS, tokenizer.token_to_id(BOS))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A $B:1", special_tokens=bos)
     options: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "model_max_length": max_length}
     options |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)  # type: ignore[no-untyped-call]
@@ -73,6 +75,6 @@ def encode(files: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> torch.T
     """One stream of token ids: every document between <|bos|> and <|eos|>."""
     documents = [document for text in files.values() for document in split_documents(text)]
     ids: list[int] = []
-    for row in tokenizer(documents, verbose=False)["input_ids"]:
+    for row in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
     return torch.tensor(ids)

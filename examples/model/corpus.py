@@ -68,7 +68,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A $B:1", special_tokens=bos)
     options: dict[str, Any] = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "model_max_length": max_length}
     options |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def encode(files: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:

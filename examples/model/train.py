@@ -109,7 +109,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForC
         **special,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**special)
     return model
 
 
@@ -142,7 +142,7 @@ def loss_of(model: LlamaForCausalLM, window: torch.Tensor, recipe: Recipe) -> to
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, stream: torch.Tensor, recipe: Recipe, max_windows: int = 64) -> float:
     """Mean loss over evenly spread windows of 512 tokens, in float32."""
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     starts = torch.linspace(0, len(stream) - 513, min(max_windows, len(stream) // 512)).long().tolist()
     losses = [loss_of(model, stream[start : start + 513][None], recipe).item() for start in starts]
     model.train()
@@ -187,7 +187,7 @@ class Training:
         window = self.sample()
         self.set_learning_rate()
         loss = loss_of(self.model, window, self.recipe)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 from .assets import MODEL_PATH
+from .demo_report import run
+from .errors import PagedCacheError
 
 app = typer.Typer(
     name="paged-cache",
@@ -49,9 +51,6 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the picture of the pool.")] = Path("out"),
 ) -> None:
     """Generate with a paged cache, compare with transformers' own caches, draw the pool. Runs on the CPU."""
-    from .demo_report import run  # torch and transformers take seconds to import
-    from .errors import PagedCacheError
-
     console = Console(highlight=False)
     try:
         is_identical = run(model or MODEL_PATH, prompt or [], max_new_tokens, output, console)

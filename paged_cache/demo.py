@@ -30,25 +30,25 @@ HEADER_TOKENS = 768
 INPUTS = ("input_ids", "attention_mask")
 
 PROMPTS = (
-    "def main():\n",
-    'class Stack:\n    """Last in, first out."""\n\n    def push(self, item):\n',
-    "import json\nimport os\n\n\ndef read_config(path):\n    with open(path) as file:\n",
+    "async def main():\n",
+    "class Queue:\n    def __len__(self):\n        return len(self._items)\n\n    def ",
+    "import json\n\n\ndef read(path):\n    try:\n        with open(path) as file:\n            return json.load(file)\n    except",
     inspect.cleandoc("""
-        class TestParser(unittest.TestCase):
-            def setUp(self):
-                self.parser = Parser()
+        class Point:
+            def __init__(self, x, y):
+                self.x = x
+                self.y = y
 
-            def tearDown(self):
-                self.parser.close()
+            def __repr__(self):
+                return f"Point({self.x}, {self.y})"
 
-            def test_empty(self):
-                self.assertEqual(self.parser.parse(""), [])
+            def __add__(self, other):
+                return Point(self.x + other.x, self.y + other.y)
 
-            def test_one_line(self):
-                self.assertEqual(self.parser.parse("a = 1"), ["a", "=", "1"])
+            def __sub__(self, other):
+                return Point(self.x - other.x, self.y - other.y)
 
-            def test_error(self):
-                with self.assertRaises(ValueError):
+            def __eq__(self, other):
     """)
     + "\n",
 )

@@ -69,7 +69,7 @@ def _run_steps(console: Console, demo: Demo, is_code: bool) -> bool:
     with console.status("Beam search"):
         beams = demo.beams()
     _show_beams(console, beams)
-    return all(result.is_identical for result in [*rows, *calls, beams])
+    return all(row.is_identical for row in rows) and all(call.is_identical for call in calls) and beams.is_identical
 
 
 def _step(console: Console, title: str, text: str) -> None:
@@ -177,8 +177,10 @@ def _show_pool(console: Console, picture: PoolMap, path: Path) -> None:
     console.print(as_text(picture, console.width))
     try:
         save_png(picture, path)
-    except ModuleNotFoundError as error:
-        console.print(f"\n[yellow]No PNG: {error.name} is not installed; pip install 'paged-cache[plots]'[/]")
+    except ModuleNotFoundError:
+        console.print(
+            "\nNo PNG: matplotlib is not installed; run: pip install 'paged-cache[plots]'", style="yellow", markup=False
+        )
     else:
         console.print(f"\nThe same as a picture: {path}")
 

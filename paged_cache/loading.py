@@ -30,6 +30,8 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
     with _quiet():
         _require_language_model(name)
         tokenizer = _load(AutoTokenizer, name, "tokenizer")
+        if not tokenizer.vocab_size:  # what transformers makes of some folders without one
+            raise InvalidRequestError(f"cannot load the tokenizer of {name}: it has no vocabulary.")
         model = _load(AutoModelForCausalLM, name, "model", dtype=torch.float32).eval()
     if not is_causal(model):
         raise UnsupportedModelError(

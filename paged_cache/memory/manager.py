@@ -10,6 +10,7 @@ from ..errors import OutOfBlocksError, PagedCacheError
 from .allocator import BlockAllocator, ManagerCounters
 from .growth import Growth, GrowthPlanner
 from .prefix import PrefixIndex, PrefixNode
+from .registry import Registry
 from .sequence import HOLE, Sequence
 from .taking import BlockTaker, End, Writes
 from .windows import Windows
@@ -61,25 +62,25 @@ class BlockManager:
         self.allocator = BlockAllocator(num_blocks, self._forget)
         self._planner = GrowthPlanner(self.allocator, block_size)
         self._taker = BlockTaker(self.allocator, block_size, self._forget)
-        self._sequences: dict[int, Sequence] = {}
+        self._registry = Registry()
         self._abandoned: deque[Sequence] = deque()
         self.lock = threading.RLock()
         self.on_copy: Callable[[list[tuple[int, int]]], None] = lambda pairs: None
         self.on_free: Callable[[list[int]], None] = lambda blocks: None
 
     @property
+    @_exclusive
     def num_free(self) -> int:
         """Blocks that can be allocated now, cached ones included."""
-        with self.lock:
-            self._drain()
-            return self.allocator.num_free
+        self._drain()
+        return self.allocator.num_free
 
     @property
+    @_exclusive
     def num_cached(self) -> int:
         """Blocks without a reference that still hold a reusable prefix."""
-        with self.lock:
-            self._drain()
-            return self.allocator.num_cached
+        self._drain()
+        return self.allocator.num_cached
 
     @_exclusive
     def new_sequence(self, root_key: Hashable | None = None) -> Sequence:
@@ -191,7 +192,7 @@ class BlockManager:
     @_exclusive
     def release(self, sequence: Sequence) -> None:
         """Gives all blocks of a sequence back. Releasing twice does nothing."""
-        if self._sequences.pop(id(sequence), None) is None:
+        if not self._registry.remove(sequence):
             return
         blocks = sequence.blocks()
         sequence.tables = [[] for _ in self.windows]
@@ -209,35 +210,37 @@ class BlockManager:
         self._drain()
         for block in self.index.blocks():
             self._forget(block)
-        for sequence in self._sequences.values():
+        for sequence in self._registry.live():
             sequence.forget_tokens()
 
+    @_exclusive
     def check(self) -> None:
         """Raises `PagedCacheError` if any invariant of the bookkeeping is broken."""
-        with self.lock:
-            self._drain()
-            live = list(self._sequences.values())
-            self.allocator.check([s.blocks() for s in live])
-            self.index.check({b for b in range(self.allocator.num_blocks) if self.allocator.is_indexed(b)})
-            for sequence in live:
-                sequence.check(self.block_size, self._visibility.first_visible(sequence.num_tokens))
+        self._drain()
+        live = self._registry.live()
+        self.allocator.check([sequence.blocks() for sequence in live])
+        self.index.check({b for b in range(self.allocator.num_blocks) if self.allocator.is_indexed(b)})
+        for sequence in live:
+            sequence.check(self.block_size, self._visibility.first_visible(sequence.num_tokens))
 
     def _adopt(self, sequence: Sequence) -> Sequence:
-        self._sequences[id(sequence)] = sequence
+        self._registry.add(sequence)
         return sequence
 
     def _drain(self) -> None:
         while self._abandoned:
             self.release(self._abandoned[0])
             self._abandoned.popleft()
+        self._release(self._registry.take_lost())
 
     def _repair(self) -> None:
         """What the tables say is true: references are counted again, and no prefix is believed any more."""
-        for sequence in self._sequences.values():
+        live = self._registry.live()
+        for sequence in live:
             sequence.forget_tokens()
             sequence.cut(self._num_blocks(sequence.num_tokens))
         self.index = PrefixIndex(len(self.windows))
-        self.on_free(self.allocator.recount([sequence.blocks() for sequence in self._sequences.values()]))
+        self.on_free(self.allocator.recount([sequence.blocks() for sequence in live]))
 
     def _forget(self, block: int) -> None:
         was_referenced = self.allocator.ref_count(block) > 0

@@ -1,12 +1,16 @@
 """One row of a cache: its block tables, one per layer group. Plain Python."""
 
 import itertools
+from typing import TypeAlias
 
 from ..errors import PagedCacheError
 from .prefix import PrefixNode
 
 HOLE = -1
 """Stands in a block table where the block went back to the pool because it is behind the group's window."""
+
+Tables: TypeAlias = list[list[int]]
+"""Per layer group the block ids in order."""
 
 _versions = itertools.count()
 
@@ -25,10 +29,10 @@ class Sequence:
             ever has the same, unlike an `id`, which a new sequence may inherit from a dead one.
     """
 
-    __slots__ = ("fresh", "node", "num_tokens", "tables", "tail", "version")
+    __slots__ = ("__weakref__", "fresh", "node", "num_tokens", "tables", "tail", "version")
 
     def __init__(self, num_groups: int, root: PrefixNode | None = None) -> None:
-        self.tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.tables: Tables = [[] for _ in range(num_groups)]
         self.num_tokens = 0
         self.node = root
         self.tail: list[int] = []

@@ -96,8 +96,8 @@ class KVStorage:
                 blocks.values.copy_(old[layer].values)
 
     def _allocate(self, layout: PoolLayout) -> None:
-        self.layout = layout
-        self._slabs = [(self._slab(layout.key_numel), self._slab(layout.value_numel)) for _ in range(layout.num_slabs)]
+        slabs = [(self._slab(layout.key_numel), self._slab(layout.value_numel)) for _ in range(layout.num_slabs)]
+        self.layout, self._slabs = layout, slabs
         self.layers = {layer: self._layer(layout.specs[layer], place) for layer, place in layout.places.items()}
 
     def _slab(self, numel: int) -> torch.Tensor:

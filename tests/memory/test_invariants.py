@@ -223,7 +223,7 @@ class Pool(RuleBasedStateMachine):
         manager, allocator = self.manager, self.manager.allocator
         sequences = [
             (id(s), [list(t) for t in s.tables], s.num_tokens, id(s.node), list(s.tail), list(s.fresh), s.version)
-            for s in manager._sequences.values()
+            for s in manager._registry.live()
         ]
         states = (list(allocator._ref_counts), list(allocator._free), list(allocator._cached), set(allocator._indexed))
         places = {block: (id(node), group) for block, (node, group) in manager.index._places.items()}

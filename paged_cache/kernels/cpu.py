@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,9 +23,9 @@ from paged_cache.kernels import cpu_kernel
 from paged_cache.kernels.checks import check_shapes
 
 MAX_ROWS = 32  # (query, head) pairs that walk over keys and values together
-SERIAL_BYTES = 128 * 1024  # below this much K and V a second thread costs more than it brings
+SERIAL_BYTES = 256 * 1024  # below this much K and V a second thread costs more than it brings
 
-_KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}  # see simd.py
+_KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}  # see simd_memory.py
 _PACK = struct.Struct(f"{len(cpu_kernel.INTEGERS)}q{len(cpu_kernel.REALS)}d").pack_into
 
 logger = logging.getLogger("paged_cache")
@@ -63,45 +64,43 @@ def paged_attention(
     For tensors that `supports` takes. Compiles on the first call for a dtype.
     """
     batch, num_heads, q_len, dim = query.shape
-    _, block_size, num_kv_heads, v_dim = value_cache.shape
-    if key_cache.shape[3] != dim or len(block_table) != batch or len(seq_lens) != batch or num_heads % num_kv_heads:
+    num_blocks, block_size, num_kv_heads, v_dim = value_cache.shape
+    table_rows, width = block_table.shape
+    fits = key_cache.shape == (num_blocks, block_size, num_kv_heads, dim) and num_heads % num_kv_heads == 0
+    if not fits or table_rows != batch or seq_lens.shape[0] != batch or sinks is not None:
         check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks)  # says what is wrong
-    if sinks is not None:
-        check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks)
-        sinks = sinks.detach().float().contiguous()
-    dtype = query.dtype
-    if dtype is not key_cache.dtype:
-        query = query.float()
-    if query.stride(3) != 1:
-        query = query.contiguous()
+    dtype, kv_dtype = query.dtype, key_cache.dtype
+    query = query if dtype is kv_dtype else query.float()
+    query = query if query.stride(3) == 1 else query.contiguous()
     block_table, seq_lens = _int32(block_table), _int32(seq_lens)
+    sinks = None if sinks is None else sinks.detach().float().contiguous()
 
     out = torch.empty((batch, q_len, num_heads, v_dim), dtype=query.dtype)
-    group, width = num_heads // num_kv_heads, block_table.shape[1]
+    group = num_heads // num_kv_heads
     rows_q = max(1, min(q_len, MAX_ROWS // group))
-    counters = batch * -(-q_len // rows_q) * num_kv_heads
+    items = batch * -(-q_len // rows_q) * num_kv_heads  # if each has one run
     runs = min(-(-width * block_size // cpu_kernel.RUN), cpu_kernel.MAX_RUNS)
-    row_floats = (v_dim + 15) // 16 * 16 + cpu_kernel.MORE
-    workspace = _workspace.reserve(counters, counters * runs * rows_q * group * row_floats if runs > 1 else 0)
-    element = key_cache.element_size()
+    floats = items * runs * rows_q * group * ((v_dim + 15) // 16 * 16 + cpu_kernel.MORE) if runs > 1 else 0
+    workspace = _threads.workspace
+    if items > workspace.counters or floats > workspace.floats:
+        workspace = _threads.workspace = _Workspace(max(items, workspace.counters), max(floats, workspace.floats))
+    worker, element = _compile(kv_dtype)
     _PACK(
-        workspace.buffer, 0,
+        workspace.record, 0,
         0,
         query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(),
-        out.data_ptr(), 0 if sinks is None else sinks.data_ptr(), workspace.partials.data_ptr(),
-        workspace.done.data_ptr(),
+        out.data_ptr(), 0 if sinks is None else sinks.data_ptr(), workspace.partials, workspace.done,
         batch, num_heads, num_kv_heads, q_len, dim, v_dim, block_size,
-        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        block_table.stride(0), width, window or 0, chunk or 0, query.dtype is torch.float32, rows_q, 64 // element,
+        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0), width,
+        window or 0, chunk or 0, dtype is not kv_dtype, rows_q, 64 // element,
         scale, softcap or 0.0,
     )  # fmt: skip
-    worker = _compile(key_cache.dtype)
     threads = torch.get_num_threads()
     if threads > 1 and batch * width * block_size * num_kv_heads * (dim + v_dim) * element > SERIAL_BYTES and _parallel:
         _parallel(worker, workspace.address, threads, 0)
     else:
         worker(workspace.address)
-    return out if out.dtype is dtype else out.to(dtype)
+    return out if query.dtype is dtype else out.to(dtype)
 
 
 def _int32(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,33 +110,33 @@ def _int32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.int().contiguous()
 
 
-class _Workspace(threading.local):
-    """Memory that the calls of one Python thread share: the call's record, partial sums, counters of finished items."""
+class _Workspace:
+    """Memory that calls share: the record of the call, partial sums, counters of finished items (zero between calls)."""
+
+    def __init__(self, counters: int, floats: int) -> None:
+        self.counters, self.floats = counters, floats
+        self.record = ctypes.create_string_buffer(cpu_kernel.CALL.itemsize)
+        self.address = ctypes.addressof(self.record)
+        self._done = torch.zeros(self.counters, dtype=torch.int64)
+        self._partials = torch.empty(floats, dtype=torch.float32)
+        self.done, self.partials = self._done.data_ptr(), self._partials.data_ptr()
+
+
+class _Threads(threading.local):
+    """Each Python thread that calls has a workspace of its own."""
 
     def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(cpu_kernel.CALL.itemsize)
-        self.address = ctypes.addressof(self.buffer)
-        self.partials = torch.empty(0, dtype=torch.float32)
-        self.done = torch.zeros(64, dtype=torch.int64)  # the kernel leaves zeros behind
-        self.sizes = (64, 0)
-
-    def reserve(self, counters: int, floats: int) -> "_Workspace":
-        """This workspace with at least so many counters and floats."""
-        if counters > self.sizes[0]:
-            self.done = torch.zeros(2 * counters, dtype=torch.int64)
-        if floats > self.sizes[1]:
-            self.partials = torch.empty(floats, dtype=torch.float32)
-        self.sizes = (len(self.done), len(self.partials))
-        return self
+        self.workspace = _Workspace(64, 0)
 
 
-_workspace = _Workspace()
+_threads = _Threads()
 
 
 @functools.cache
-def _compile(dtype: torch.dtype) -> Callable[[int], None]:
-    """The worker for keys and values of `dtype` as a C function: from numba's disk cache, or compiled (seconds)."""
+def _compile(dtype: torch.dtype) -> tuple[Callable[[int], None], int]:
+    """The worker for keys and values of `dtype` as a C function, from numba's disk cache or compiled; bytes per element."""
     work, start = cpu_kernel.entry(_KINDS[dtype]), time.perf_counter()
+    compiled: Any
     try:
         compiled = numba.cfunc("void(voidptr)", cache=True)(work)
     except RuntimeError as error:
@@ -147,7 +146,7 @@ def _compile(dtype: torch.dtype) -> Callable[[int], None]:
         compiled = numba.cfunc("void(voidptr)")(work)
     if not compiled.cache_hits:
         logger.info("Compiled the CPU attention kernel for %s in %.1f s.", dtype, time.perf_counter() - start)
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address), dtype.itemsize
 
 
 def _find_parallel() -> Callable[[Callable[[int], None], int, int, int], None] | None:

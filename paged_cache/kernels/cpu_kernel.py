@@ -15,19 +15,8 @@ import numba
 import numpy as np
 
 from paged_cache.kernels.cpu_tile import F32, LOG2_E, NEVER, TILE, accumulate, jit, power, score, weigh
-from paged_cache.kernels.simd import (
-    add,
-    address_of,
-    atomic_add,
-    load,
-    load_part,
-    mul,
-    peek,
-    poke,
-    splat,
-    store,
-    store_part,
-)
+from paged_cache.kernels.simd import add, mul, splat
+from paged_cache.kernels.simd_memory import address_of, atomic_add, load, load_part, peek, poke, store, store_part
 
 RUN = 256  # tokens per item, doubled until a row has at most MAX_RUNS of them
 MAX_RUNS = 64
@@ -44,7 +33,7 @@ INTEGERS = (
     "value_block", "value_token", "value_head",
     "table_row", "table_width",
     "window", "chunk",  # 0: none
-    "is_wide",  # queries and output are float32, else of the dtype of the cache
+    "is_wide",  # queries and output are float32 although the cache is not
     "rows_q",  # queries per item
     "line",  # elements of the cache per cache line
 )
@@ -240,12 +229,12 @@ def _work(call: Any, address: int, kind: Any) -> None:
             _merge(call, b, tile, head, rows, first_item + head, runs, sums, kind)
 
 
-_FILES = ("cpu_kernel.py", "cpu_tile.py", "simd.py")
+_FILES = ("cpu_kernel.py", "cpu_tile.py", "simd.py", "simd_memory.py")
 _SOURCES = zlib.crc32(b"".join((Path(__file__).parent / name).read_bytes() for name in _FILES))
 
 
 def entry(kind: Any) -> Callable[[Any], None]:
-    """The function to compile for keys and values of one kind (see `simd`); its argument points to a `CALL` record."""
+    """The function to compile for keys and values of one kind (see `simd_memory`); its argument points to a `CALL` record."""
     sources = _SOURCES  # numba's disk cache asks only whether this function has changed, so it has to hold all the code
 
     def work(pointer: Any) -> None:

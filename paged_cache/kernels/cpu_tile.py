@@ -10,35 +10,20 @@ from typing import Any
 import numba
 import numpy as np
 
-from paged_cache.kernels.simd import (
-    add,
-    exp2,
-    fma,
-    lane_max,
-    lane_sum,
-    load,
-    load_part,
-    maximum,
-    mul,
-    prefetch,
-    splat,
-    store,
-    store_sums,
-    sub,
-    tanh,
-)
+from paged_cache.kernels.simd import add, exp2, fma, lane_max, lane_sum, maximum, mul, splat, sub, tanh
+from paged_cache.kernels.simd_memory import load, load_part, prefetch, store, store_sums
 
 TILE = 64  # tokens per step of the running softmax
 LOG2_E = 1.4426950408889634
 NEVER = -1e30  # a score that weighs nothing; finite, so that differences of scores are never NaN
 F32 = np.float32(0)
 
-jit = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+jit: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
 
 
 @jit
-def power(x: float) -> float:
-    """2 ** x of one float32."""
+def power(x: float) -> Any:
+    """2 ** x as float32."""
     return lane_max(exp2(splat(np.float32(x))))
 
 

@@ -152,7 +152,7 @@ class Demo:
         end = dynamic.get_seq_length()
         spans = [_span(row, self.inputs["input_ids"].shape[1], end) for row in rows]
         return [
-            dense_memory(f"StaticCache of {static_length} tokens", static, spans, end),
+            dense_memory(f"StaticCache({static_length})", static, spans, end),
             dense_memory("DynamicCache, padded", dynamic, spans, end),
             paged_memory("PagedCache", self.caches["batch"], [b - a for a, b in spans]),
         ]

@@ -135,7 +135,7 @@ def _show_memory(console: Console, memories: list[Memory], demo: Demo) -> None:
     most = max(memory.reserved for memory in memories)
     for memory in memories:
         sizes = [_size(nbytes) for nbytes in (memory.reserved, memory.used, memory.wasted)]
-        bar = _bar(memory.used, memory.wasted, most)
+        bar = _bar(memory.used, memory.wasted, most, BAR if console.width >= WIDTH else BAR // 3)
         table.add_row(memory.name, *sizes, f"{memory.wasted_share:6.1%}", bar)
     console.print(table)
     console.print()
@@ -149,7 +149,11 @@ def _show_memory(console: Console, memories: list[Memory], demo: Demo) -> None:
 
 
 def _show_calls(console: Console, calls: list[Call]) -> None:
-    _step(console, "4  A second prompt that starts like the first", "Tokens are counted as they enter the model")
+    _step(
+        console,
+        "4  A second prompt that starts like the first",
+        "Tokens are counted as they enter the model; results are compared with those of a DynamicCache",
+    )
     table = _table("", "prompt", "computed", "reused", "decoded", "time", "")
     for call in calls:
         numbers = [call.num_prompt, call.num_computed, call.num_prompt - call.num_computed, call.num_decoded]
@@ -161,7 +165,7 @@ def _show_beams(console: Console, beams: Beams) -> None:
     _step(
         console,
         f"5  {beams.num_beams} beams over a prompt of {beams.num_prompt} tokens",
-        f"model.generate(..., num_beams={beams.num_beams})",
+        f"model.generate(..., num_beams={beams.num_beams}); the result is compared with that of a DynamicCache",
     )
     table = _table("", "blocks", "memory", "")
     table.add_row("PagedCache", str(beams.num_blocks), _size(beams.nbytes), _verdict(beams.is_identical))
@@ -188,18 +192,18 @@ def _show_pool(console: Console, picture: PoolMap, path: Path) -> None:
 def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim")
     for header in headers:
-        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+        table.add_column(header, justify="right" if header else "left", overflow="fold")
     return table
 
 
-def _bar(used: int, wasted: int, most: int) -> Text:
-    total = max(round(BAR * (used + wasted) / most), 1)
+def _bar(used: int, wasted: int, most: int, width: int) -> Text:
+    total = max(round(width * (used + wasted) / most), 1)
     filled = round(total * used / max(used + wasted, 1))
     return Text.assemble(("█" * filled, "green"), ("░" * (total - filled), "red"))
 
 
 def _verdict(is_identical: bool) -> str:
-    return "[green]identical to DynamicCache[/]" if is_identical else "[bold red]different from DynamicCache[/]"
+    return "[green]identical[/]" if is_identical else "[bold red]different[/]"
 
 
 def _size(nbytes: int) -> str:

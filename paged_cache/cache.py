@@ -12,6 +12,7 @@ from .layers import copy_states, paged_layer
 from .model_spec import cache_layers, is_prefix_exact
 from .pool import BlockPool
 from .prompt import Prompt
+from .reuse import row_keys, start_from_prefix
 from .state import PagedState
 
 
@@ -63,11 +64,9 @@ class PagedCache(DynamicCache):
         prompt = Prompt.read(input_ids, attention_mask, start=0)
         prompt.require_left_padding()
         if prompt.is_regular and is_prefix_exact(pool.spec):
-            keys = cache._state.row_keys([0] * prompt.batch if pool.numbers_tokens else prompt.pads)
+            keys = row_keys(cache._state, [0] * prompt.batch if pool.numbers_tokens else prompt.pads)
             if keys is not None:
-                skipped = cache._state.start_from_prefix(prompt, keys, input_ids.shape[1] - 1)
-                cache._state.root_keys = keys
-                cache._state.count_lookup(prompt, skipped)
+                start_from_prefix(cache._state, prompt, keys, limit=prompt.q_len - 1)
         return cache
 
     @property

@@ -35,12 +35,19 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def layer_configs(config: PreTrainedConfig, num_layers: int) -> list[PreTrainedConfig]:
     """One config per layer; they differ in heterogeneous models (transformers >= 5.20)."""
     per_layer = list(getattr(config, "per_layer_config", None) or [])
-    return per_layer if len(per_layer) == num_layers else [config] * num_layers
+    # before 5.20, layers that reuse another's K and V come last and have no cache layer
+    return per_layer[:num_layers] if len(per_layer) >= num_layers else [config] * num_layers
 
 
 def dynamic_layers(config: PreTrainedConfig) -> list[Any]:
     """The cache layers that transformers itself would use for this decoder."""
     return list(DynamicCache(config=config).layers)
+
+
+def uses_attention_interface(model: torch.nn.Module, decoder: PreTrainedConfig) -> bool:
+    """Whether the decoder's layers call a registered attention function; some models write out their own."""
+    modules = (module for module in model.modules() if getattr(module, "config", None) is decoder)
+    return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__]) for module in modules)
 
 
 def peft_tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

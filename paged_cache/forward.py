@@ -10,8 +10,9 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .cache import PagedCache
 from .errors import InvalidRequestError
-from .model_spec import is_prefix_exact
+from .model_spec import ignores_padding, is_prefix_exact
 from .prompt import Prompt
+from .reuse import row_keys, start_from_prefix
 from .state import PagedState, StepInputs
 
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -53,7 +54,8 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     ids, mask = (inputs.get(f"decoder_{name}" if is_decoder else name) for name in ("input_ids", "attention_mask"))
     embeds = inputs.get("decoder_inputs_embeds" if is_decoder else "inputs_embeds")
     shape = _shape(ids, embeds)
-    if shape is None:
+    state.is_patched = True
+    if shape is None or not state.can_announce or not ignores_padding(state.pool.spec):
         return inputs
     if state.rows is not None:
         state.expand(shape[0])
@@ -74,14 +76,12 @@ def _begin(
 ) -> dict[str, Any]:
     keys = _root_keys(model, state, prompt, inputs)
     if state.rows is None:
-        skipped = 0
         if keys is None:
-            state.start_rows(prompt.batch, [None] * prompt.batch)
+            state.start_rows([None] * prompt.batch)
         else:
-            skipped = state.start_from_prefix(prompt, keys, _most_to_skip(prompt, inputs))
-            state.count_lookup(prompt, skipped)
-            prompt, inputs = _drop(prompt, inputs, skipped)
-        state.root_keys = keys
+            prompt, inputs = _drop(
+                prompt, inputs, start_from_prefix(state, prompt, keys, _most_to_skip(prompt, inputs))
+            )
     elif keys is None or keys != state.root_keys:
         state.forget_tokens()
     state.begin(
@@ -122,7 +122,7 @@ def _root_keys(
         return None
     if state.rows is not None and prompt.q_len == 1 and not state.fills_a_block():
         return state.root_keys
-    return state.row_keys(first_positions)
+    return row_keys(state, first_positions)
 
 
 def _is_data(value: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .model_spec import has_reference_window
 from .state import PagedState
 
 _PLUMBING = ("_state", "layer_idx")
@@ -107,6 +108,54 @@ class PagedSlidingWindowLayer(PagedLayer, DynamicSlidingWindowLayer):
         pass
 
 
+class _ReferenceWindowMixin(PagedLayer):
+    """A prompt that stays visible, and a window over what is generated after it (Unlimited-OCR): all of it is stored."""
+
+    prefill_length: int | None
+    sliding_window: int
+
+    @property
+    def prefill_cumulative_length(self) -> int:
+        """Tokens of the prompt that the layer has seen."""
+        length = PagedLayer.get_seq_length(self)
+        return length if self.prefill_length is None else min(length, self.prefill_length)
+
+    @prefill_cumulative_length.setter
+    def prefill_cumulative_length(self, value: Any) -> None:
+        pass
+
+    @property
+    def cumulative_length(self) -> int:
+        """Tokens behind the prompt that the layer has seen."""
+        return PagedLayer.get_seq_length(self) - self.prefill_cumulative_length
+
+    @cumulative_length.setter
+    def cumulative_length(self, value: Any) -> None:
+        pass
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        num_hidden = max(self.cumulative_length - self.sliding_window + 1, 0)
+        keys, values = PagedLayer.update(self, *args, **kwargs)
+        if self.prefill_length is None:
+            self.prefill_length = PagedLayer.get_seq_length(self)
+        if num_hidden:
+            prompt, behind = slice(self.prefill_length), slice(self.prefill_length + num_hidden, None)
+            keys, values = (torch.cat([x[:, :, prompt], x[:, :, behind]], dim=2) for x in (keys, values))
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return PagedLayer.get_seq_length(self)
+
+    def reset(self) -> None:
+        self.prefill_length = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        PagedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        PagedLayer.crop(self, tokens_to_remove)
+
+
 class _PagedHybridMixin(LinearAttentionLayer, PagedLayer):
     """A layer with states and with K and V: transformers' classes name their two parents, so that this names ours."""
 
@@ -173,7 +222,17 @@ def _paged_class(template: type) -> type:
     """Model-defined layers keep their own methods, in front of ours."""
     if template in _PAGED:
         return _PAGED[template]
+    bases, methods = _bases(template)
+    # transformers enters every new class with a `_layer_type` in its registry, so that ours gets it afterwards
+    paged = type(f"Paged{template.__name__}", bases, {"__module__": __name__, "_layer_type": None, **methods})
+    paged._layer_type = getattr(template, "_layer_type", None)  # type: ignore[attr-defined]
+    return paged
+
+
+def _bases(template: type) -> tuple[tuple[type, ...], dict[str, Any]]:
     if issubclass(template, LinearAttentionCacheLayerMixin):
-        return type(f"Paged{template.__name__}", (_PagedHybridMixin, template), {"__module__": __name__})
+        return (_PagedHybridMixin, template), {}
+    if has_reference_window(template):
+        return (_ReferenceWindowMixin, template), {}
     parent = PagedSlidingWindowLayer if issubclass(template, DynamicSlidingWindowLayer) else PagedLayer
-    return type(f"Paged{template.__name__}", (template, parent), {"__module__": __name__, "update": PagedLayer.update})
+    return (template, parent), {"update": PagedLayer.update}

@@ -22,8 +22,8 @@ _WITH_STATES = {
     LinearAttentionLayer, DummyLayer,
 }  # fmt: skip
 
-_NOT_PREFIX_EXACT = {"blt", "cpmant", "git", "kosmos-2", "kosmos-2.5", "moshi", "musicgen", "prophetnet"}
-"""Models in which tokens behind a filled cache get other keys than the same tokens in one forward."""
+_SEE_MORE_THAN_EARLIER_TOKENS = {"blt", "cpmant", "git", "kosmos-2", "kosmos-2.5", "moshi", "musicgen", "prophetnet"}
+"""Models in which a token's K and V depend on more than the tokens before it: padding, or where the forward began."""
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -53,7 +53,7 @@ def model_spec(config: PreTrainedConfig) -> ModelSpec:
     templates = cache_layers(decoder)
     configs = layer_configs(decoder, len(templates))
     layers = {
-        index: _layer_spec(getattr(template, "sliding_window", None), layer_config)
+        index: _layer_spec(_window(template), layer_config)
         for index, (template, layer_config) in enumerate(zip(templates, configs, strict=True))
         if isinstance(template, CacheLayerMixin)
     }
@@ -73,9 +73,24 @@ def cache_layers(decoder: PreTrainedConfig) -> list[Any]:
     return layers
 
 
+def has_reference_window(layer_type: type) -> bool:
+    """Whether layers of this type window what is generated but keep the prompt in sight."""
+    return hasattr(layer_type, "set_prefill_length")
+
+
+def _window(template: CacheLayerMixin) -> int | None:
+    """Tokens that the layer's cache keeps; None for all."""
+    return None if has_reference_window(type(template)) else getattr(template, "sliding_window", None)
+
+
 def has_plain_attention(decoder: PreTrainedConfig) -> bool:
     """Whether K and V go from the cache to transformers' attention interface, with nothing chosen in between."""
     return {type(layer) for layer in cache_layers(decoder)} <= _WITH_STATES
+
+
+def ignores_padding(spec: ModelSpec) -> bool:
+    """Whether what a cache holds for padding has no effect, so that it need not be stored."""
+    return has_plain_attention(spec.config) and spec.config.model_type not in _SEE_MORE_THAN_EARLIER_TOKENS
 
 
 def is_prefix_exact(spec: ModelSpec) -> bool:
@@ -85,8 +100,8 @@ def is_prefix_exact(spec: ModelSpec) -> bool:
     rope = getattr(decoder, "rope_parameters", None) or getattr(decoder, "rope_scaling", None) or {}
     return (
         kinds <= _ORDINARY
+        and ignores_padding(spec)
         and not decoder.is_encoder_decoder
-        and decoder.model_type not in _NOT_PREFIX_EXACT
         and not _rope_types(rope) & _LENGTH_DEPENDENT_ROPE
     )
 

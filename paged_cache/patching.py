@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import paged_attention_forward
-from .compat import base_model, logger, text_config
+from .compat import base_model, logger, text_config, uses_attention_interface
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
@@ -72,7 +72,9 @@ class _Patch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = text_config(model.config)
-        self._config: PreTrainedConfig | None = decoder if has_plain_attention(decoder) else None
+        self._config: PreTrainedConfig | None = None
+        if has_plain_attention(decoder) and uses_attention_interface(model, decoder):
+            self._config = decoder
         if self._config is not None:
             _register(self._config)
         lazy = self._config is not None

@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .compat import base_model, logger
+from .compat import base_model, logger, uses_attention_interface
 from .errors import InvalidRequestError, UnsupportedModelError
 from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
@@ -48,7 +48,12 @@ class PoolStats:
 
 
 class BlockPool:
-    """All blocks of one model. Make it with `for_model`; any number of `PagedCache`s may draw from it."""
+    """All blocks of one model. Make it with `for_model`; any number of `PagedCache`s may draw from it.
+
+    Attributes:
+        has_attention_interface: Whether the model's attention goes through transformers' registry; attention that is
+            written out may rely on contiguous K and V.
+    """
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class BlockPool:
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._weights: WeightsVersion | None = None
         self._confirmed: set[int] = set()
+        self.has_attention_interface = True
 
     @classmethod
     def for_model(
@@ -114,6 +120,7 @@ class BlockPool:
             device=inner.device,
             prefix_caching=prefix_caching,
         )
+        pool.has_attention_interface = uses_attention_interface(inner, spec.config)
         pool._model, pool._weights = weakref.ref(inner), WeightsVersion(inner)
         logger.info("BlockPool for %s: %s", type(inner).__name__, pool.describe())
         return pool

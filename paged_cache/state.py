@@ -12,7 +12,6 @@ from .memory.growth import Growth
 from .memory.layout import LayerSpec
 from .memory.sequence import Sequence
 from .pool import BlockPool
-from .prompt import Prompt
 from .step import GroupStep, PagedView, Step, TableTensor
 
 
@@ -54,6 +53,8 @@ class PagedState:
         length: Columns (tokens of the padded rows) of all closed steps and of the open one.
         root_keys: Per row what besides the tokens its K and V depend on; None while nothing is shared.
         keep_past: Blocks behind windows stay until the next crop.
+        is_patched: The model tells its forwards in advance.
+        can_announce: Its inputs have the rows and columns that its layers give (not so with codebooks, say).
         is_released: The cache gave everything back for good.
     """
 
@@ -67,39 +68,14 @@ class PagedState:
         self.keep_past = False
         self.is_released = False
         self.open: Step | None = None
+        self.is_patched = False
+        self.can_announce = True
         self._is_hooked = False
         self._tables = [TableTensor(pool.device) for _ in pool.storage.layout.windows]
 
     def __del__(self) -> None:
         if self.rows:
             self.pool.manager.abandon(self.rows)
-
-    def start_from_prefix(self, prompt: Prompt, root_keys: list[Hashable | None], limit: int) -> int:
-        """Makes rows that begin with what the pool holds of their prompts.
-
-        Args:
-            prompt: All columns of the rows, with their tokens.
-            root_keys: What else each row's K and V depend on.
-            limit: Most columns to take.
-
-        Returns:
-            The columns that need no computation: the same number for all rows, as many as the worst row has.
-        """
-        manager, tokens = self.pool.manager, prompt.tokens
-        assert tokens is not None
-        self.start_rows(prompt.batch, root_keys)
-        assert self.rows is not None
-        self.pads = list(prompt.pads)
-        columns, last = limit, -1
-        while columns != last:
-            last = columns
-            for row, pad, ids in zip(self.rows, self.pads, tokens, strict=True):
-                columns = min(columns, pad + manager.match(row, ids, max(columns - pad, 0)))
-        for row, pad, ids in zip(self.rows, self.pads, tokens, strict=True):
-            manager.take_prefix(row, ids, max(columns - pad, 0))
-        self.length = columns
-        self.layer_lengths = dict.fromkeys(self.layer_lengths, columns)
-        return columns
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """K and V of a layer that the next token can see, gathered: `[batch, heads, length, dim]`."""
@@ -110,26 +86,20 @@ class PagedState:
         view = GroupStep(group, step, [], self.pool.storage.layout.windows[group], self._tables[group])
         return PagedView(layer, view).dense
 
-    def row_keys(self, first_positions: list[int]) -> list[Hashable | None] | None:
-        """Per row what K and V depend on besides tokens, as the model stands now; None if nothing may be shared."""
-        keys = [self.pool.root_key(self.cache_salt, position) for position in set(first_positions)]
-        by_position = dict(zip(set(first_positions), keys, strict=True))
-        return None if None in keys else [by_position[position] for position in first_positions]
-
     def fills_a_block(self) -> bool:
         """Whether the next token is the last of some row's block."""
         return any((row.num_tokens + 1) % self.pool.block_size == 0 for row in self.rows or [])
 
-    def count_lookup(self, prompt: Prompt, skipped: int) -> None:
-        """Adds a prompt to the pool's prefix statistics, in tokens."""
-        counters = self.pool.manager.counters
-        counters.prefix_queries += sum(len(ids) for ids in prompt.tokens or [])
-        counters.prefix_hits += sum(max(skipped - pad, 0) for pad in prompt.pads)
-
-    def start_rows(self, batch: int, root_keys: list[Hashable | None]) -> None:
-        """Makes empty rows; with a key each takes part in prefix sharing."""
+    def start_rows(self, root_keys: list[Hashable | None]) -> list[Sequence]:
+        """Makes an empty row per key; those with a key take part in prefix sharing."""
         self.rows = [self.pool.manager.new_sequence(key) for key in root_keys]
-        self.pads = [0] * batch
+        self.pads = [0] * len(root_keys)
+        return self.rows
+
+    def begin_at(self, length: int, pads: list[int], root_keys: list[Hashable | None]) -> None:
+        """The rows hold their first `length` columns already, in all layers."""
+        self.length, self.pads, self.root_keys = length, list(pads), root_keys
+        self.layer_lengths = dict.fromkeys(self.layer_lengths, length)
 
     def begin(self, inputs: StepInputs) -> Step:
         """Opens the step of a forward that a hook announced: `finish` or `abort` closes it.
@@ -196,7 +166,9 @@ class PagedState:
         """Row `i` becomes what row `indices[i]` was; nothing is copied."""
         self.settle()
         if self.rows is not None:
-            self._check_indices(indices)
+            wrong = [i for i in indices if not -len(self.rows) <= i < len(self.rows)]
+            if wrong:
+                raise InvalidRequestError(f"row {wrong[0]} is asked for, the cache has {len(self.rows)} rows.")
             self.rows = self.pool.manager.select(self.rows, indices)
             self.pads = [self.pads[i] for i in indices]
             self.root_keys = self.root_keys and [self.root_keys[i] for i in indices]
@@ -253,7 +225,7 @@ class PagedState:
         self.require_alive()
         self.settle()
         if self.rows is None:
-            self.start_rows(inputs.batch, [None] * inputs.batch)
+            self.start_rows([None] * inputs.batch)
         self.expand(inputs.batch)
         assert self.rows is not None
         end = self.length + inputs.q_len
@@ -272,6 +244,8 @@ class PagedState:
             inputs.lazy,
             inputs.is_regular,
             inputs.needs_weights,
+            not self.pool.has_attention_interface,
+            self.pads,
         )
         step.groups = tuple(
             GroupStep(group, step, slots, window, self._tables[group])
@@ -285,13 +259,15 @@ class PagedState:
         if self._is_hooked and self.open is not None and self.open.num_updates == 0:
             logger.debug("the model gives %d rows of %d tokens, not those of its inputs", batch, q_len)
             self.abort()
-            self.forget_tokens()
+            self.can_announce = False
+            if self.length == 0:
+                self.clear()
         if start != self.length:
             raise PagedCacheError(
                 f"layer {layer} is at token {start}, the cache at {self.length}: an earlier forward failed half-way, or "
                 "layers do not advance together. Use a new PagedCache, or reset() this one."
             )
-        elif self.open is None:
+        if not self.is_patched:
             _hint_unpatched()
         self.forget_tokens()
         pads = self.pads if len(self.pads) == batch else [0] * batch
@@ -303,7 +279,7 @@ class PagedState:
     def _take_back(self, step: Step) -> None:
         for row, pad in zip(step.rows, step.pads, strict=True):
             self.pool.manager.truncate(row, max(step.start - pad, 0))
-        self.length = step.start
+        self.length, self.pads = step.start, step.known_pads
         for layer, length in self.layer_lengths.items():
             self.layer_lengths[layer] = min(length, step.start)
 
@@ -315,12 +291,6 @@ class PagedState:
                     f"crop by {num_columns} tokens: the sliding window has moved past and its blocks went back to the "
                     "pool. Call activate_past_recording() before the tokens that may be taken back."
                 )
-
-    def _check_indices(self, indices: list[int]) -> None:
-        assert self.rows is not None
-        wrong = [i for i in indices if not -len(self.rows) <= i < len(self.rows)]
-        if wrong:
-            raise InvalidRequestError(f"row {wrong[0]} is asked for, the cache has {len(self.rows)} rows.")
 
     def require_alive(self) -> None:
         """Raises `PagedCacheError` after `PagedCache.release`."""

@@ -1,6 +1,6 @@
 """What one forward writes and reads, as tensors: made once per layer group and used by all its layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -103,6 +103,8 @@ class Step:
         q_len: New columns.
         lazy: Whether attention knows `PagedTensor`; otherwise layers return dense tensors at once.
         is_regular: Whether the mask hides nothing but left padding, so that a kernel needs no mask.
+        is_contiguous: Whether dense tensors have to be contiguous, at the cost of one more copy.
+        known_pads: `pads` before this step.
         needs_weights: Whether the caller asked for attention probabilities, which no kernel gives.
     """
 
@@ -114,6 +116,8 @@ class Step:
     lazy: bool = False
     is_regular: bool = False
     needs_weights: bool = False
+    is_contiguous: bool = False
+    known_pads: list[int] = field(default_factory=list)
     groups: tuple[GroupStep, ...] = ()
     num_updates: int = 0
 
@@ -172,7 +176,8 @@ class PagedView:
         keys, values = (x.unflatten(0, shape) for x in step.storage.gather(self.layer, group.dense_slots))
         if group.padding is not None:
             keys, values = keys.masked_fill_(group.padding, 0), values.masked_fill_(group.padding, 0)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return (keys.contiguous(), values.contiguous()) if step.is_contiguous else (keys, values)
 
 
 @dataclass(frozen=True, eq=False)

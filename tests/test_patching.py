@@ -1,0 +1,155 @@
+"""`patch` changes one model, once, and `unpatch` leaves no trace."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+import paged_cache
+from paged_cache import PagedCache, state
+from tests.models import KINDS, model, poisoned_pool, prompts
+
+GREEDY = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+
+
+def trace(of):
+    """All that a patch could touch: registries, attributes and hooks of every module, configs."""
+    return (
+        dict(AttentionInterface._global_mapping),
+        dict(AttentionMaskInterface._global_mapping),
+        {
+            name: (
+                sorted(vars(module)),
+                list(module._forward_pre_hooks),
+                list(module._forward_hooks),
+                list(module._forward_hooks_with_kwargs),
+                list(module._forward_pre_hooks_with_kwargs),
+                list(module._forward_hooks_always_called),
+            )
+            for name, module in of.named_modules()
+        },
+        of.config.to_dict(),
+        of.config._attn_implementation,
+        of.config.get_text_config(decoder=True)._attn_implementation,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpatch_leaves_no_trace(kind):
+    """Registries, module attributes, hooks and configs are as before, also after use and after an error inside."""
+    of = copy.deepcopy(model(kind))
+    before = trace(of)
+
+    with paged_cache.patch(of):
+        assert paged_cache.is_patched(of)
+        of.generate(**prompts(), **GREEDY, past_key_values=PagedCache(poisoned_pool(of)))
+        assert trace(of) != before
+    assert trace(of) == before
+    with pytest.raises(ZeroDivisionError), paged_cache.patch(of):
+        1 / 0  # noqa: B018
+    assert trace(of) == before
+    paged_cache.unpatch(of)
+    assert trace(of) == before
+
+
+def test_idempotent():
+    """Patching twice is once; an inner `with` does not end an outer patch."""
+    of = copy.deepcopy(model("llama"))
+    before = trace(of)
+    paged_cache.patch(of)
+    once = trace(of)
+    with paged_cache.patch(of):
+        assert trace(of) == once
+    assert trace(of) == once
+    paged_cache.unpatch(of)
+    assert trace(of) == before
+
+
+def test_two_models_and_a_shared_config():
+    """Each model is patched for itself, also where two share a config object."""
+    a = copy.deepcopy(model("llama"))
+    b = type(a)(a.config).eval()
+    before = trace(a)
+    paged_cache.patch(a)
+    paged_cache.patch(b)
+    paged_cache.unpatch(a)
+    pool = poisoned_pool(b)
+    expected = b.generate(**prompts(), **GREEDY)
+    assert torch.equal(b.generate(**prompts(), **GREEDY, past_key_values=PagedCache(pool)), expected)
+    paged_cache.unpatch(b)
+    assert trace(a) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_model_without_paged_cache(kind):
+    """A patched model with another cache, or with none, computes what it did."""
+    of = copy.deepcopy(model(kind))
+    expected = of.generate(**prompts(), **GREEDY)
+    with paged_cache.patch(of):
+        assert torch.equal(of.generate(**prompts(), **GREEDY), expected)
+        assert torch.equal(of.generate(**prompts(), **GREEDY, past_key_values=DynamicCache(config=of.config)), expected)
+        assert torch.equal(of.generate(**prompts(), **GREEDY, use_cache=False), expected)
+
+
+def test_positional_arguments():
+    """A forward called with positional arguments is understood."""
+    of, inputs = copy.deepcopy(model("llama")), prompts()
+    with paged_cache.patch(of), torch.no_grad():
+        cache = PagedCache(poisoned_pool(of))
+        logits = of(inputs["input_ids"], inputs["attention_mask"], None, cache).logits
+    expected = of(**inputs).logits
+    torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+    assert cache._state.pads == [28, 21, 0]
+
+
+def test_padding_is_not_stored():
+    """Blocks that would hold only padding are never allocated."""
+    of = copy.deepcopy(model("llama"))
+    pool = poisoned_pool(of)
+    with paged_cache.patch(of), torch.no_grad():
+        cache = PagedCache(pool)
+        of(**prompts((4, 8, 100)), past_key_values=cache)
+    assert [len(row[0]) for row in cache.block_tables] == [1, 2, 25]
+
+
+def test_hint_when_unpatched(caplog):
+    """Running unpatched is told once."""
+    of = copy.deepcopy(model("llama"))
+    pool = poisoned_pool(of)
+    state._hint_unpatched.cache_clear()
+    with caplog.at_level(logging.INFO, logger="paged_cache"):
+        for _ in range(2):
+            of.generate(**prompts(), **GREEDY, past_key_values=PagedCache(pool))
+    assert sum("patch(model)" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_reads_of_a_patched_cache_in_unknown_code():
+    """Attention that does not know `PagedTensor` gets the dense tensors by any torch operation."""
+    of = copy.deepcopy(model("llama"))
+    pool = poisoned_pool(of)
+    seen = []
+
+    def own_attention(module, query, key, value, mask, scaling, **kwargs):
+        seen.append(type(key).__name__)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        if mask is not None:
+            scores = scores + mask
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    of.set_attn_implementation("eager")
+    expected = of.generate(**prompts(), **GREEDY)
+    with paged_cache.patch(of):
+        mine = AttentionInterface._global_mapping["paged_cache"]
+        AttentionInterface.register("paged_cache", own_attention)
+        try:
+            tokens = of.generate(**prompts(), **GREEDY, past_key_values=PagedCache(pool))
+        finally:
+            AttentionInterface.register("paged_cache", mine)
+    assert torch.equal(tokens, expected)
+    assert "PagedTensor" in seen

@@ -5,6 +5,8 @@ from .errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, Unsu
 from .patching import is_patched, patch, unpatch
 from .pool import BlockPool, PoolStats
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BlockPool",
     "InvalidRequestError",
@@ -13,6 +15,7 @@ __all__ = [
     "PagedCacheError",
     "PoolStats",
     "UnsupportedModelError",
+    "__version__",
     "is_patched",
     "patch",
     "unpatch",

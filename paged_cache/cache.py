@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import InvalidRequestError
 from .layers import copy_states, paged_layer
-from .model_spec import cache_layers, is_prefix_exact
+from .model_spec import cache_layers
 from .pool import BlockPool
 from .prompt import Prompt
 from .reuse import row_keys, start_from_prefix
@@ -63,7 +63,7 @@ class PagedCache(DynamicCache):
         cache = cls(pool, cache_salt=cache_salt)
         prompt = Prompt.read(input_ids, attention_mask, start=0)
         prompt.require_left_padding()
-        if prompt.is_regular and is_prefix_exact(pool.spec):
+        if prompt.is_regular and pool.spec.is_prefix_exact:
             keys = row_keys(cache._state, [0] * prompt.batch if pool.numbers_tokens else prompt.pads)
             if keys is not None:
                 start_from_prefix(cache._state, prompt, keys, limit=prompt.q_len - 1)

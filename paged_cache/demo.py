@@ -18,7 +18,7 @@ from .errors import InvalidRequestError, UnsupportedModelError
 from .kv_memory import Memory, dense_memory, key_value_tensors, paged_memory
 from .loading import SMALL
 from .memory.layout import plan_layout
-from .model_spec import ModelSpec, is_prefix_exact, model_spec
+from .model_spec import ModelSpec, model_spec
 from .patching import patch
 from .pool import BlockPool
 
@@ -250,7 +250,7 @@ class Demo:
     def _make_pool(self) -> BlockPool:
         batch = [len(ids) + self.max_new_tokens for ids in self.prompts]
         headed = max(len(ids) for ids in self.headed_prompts) + SHORT
-        beams = [4 * SHORT if is_prefix_exact(self._spec) else headed + SHORT] * NUM_BEAMS
+        beams = [4 * SHORT if self._spec.is_prefix_exact else headed + SHORT] * NUM_BEAMS
         needed = sum(-(-num_tokens // BLOCK_SIZE) for num_tokens in [*batch, headed, *beams])
         num_blocks = -(-needed * 9 // 8 // 32) * 32 * len(self._windows)
         return BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=BLOCK_SIZE)

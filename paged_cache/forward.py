@@ -10,7 +10,6 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .cache import PagedCache
 from .errors import InvalidRequestError
-from .model_spec import ignores_padding, is_prefix_exact
 from .prompt import Prompt
 from .reuse import row_keys, start_from_prefix
 from .state import PagedState, StepInputs
@@ -55,7 +54,7 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     embeds = inputs.get("decoder_inputs_embeds" if is_decoder else "inputs_embeds")
     shape = _shape(ids, embeds)
     state.is_patched = True
-    if shape is None or not state.can_announce or not ignores_padding(state.pool.spec):
+    if shape is None or not state.can_announce or not state.pool.spec.ignores_padding:
         return inputs
     if state.rows is not None:
         state.expand(shape[0])
@@ -107,7 +106,7 @@ def _root_keys(
     model: PreTrainedModel, state: PagedState, prompt: Prompt, inputs: dict[str, Any]
 ) -> list[Hashable | None] | None:
     """What each row's K and V depend on besides its tokens; None if that cannot be told."""
-    if prompt.tokens is None or not prompt.is_regular or not is_prefix_exact(state.pool.spec):
+    if prompt.tokens is None or not prompt.is_regular or not state.pool.spec.is_prefix_exact:
         return None
     if state.rows is not None and state.root_keys is None:
         return None

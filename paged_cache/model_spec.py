@@ -1,6 +1,7 @@
 """What a model's cache layers hold, read off its config."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -19,7 +20,7 @@ from .memory.layout import LayerSpec
 _ORDINARY = {DynamicLayer, DynamicSlidingWindowLayer}
 _WITH_STATES = {
     *_ORDINARY, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer, DummyLayer,
+    LinearAttentionLayer,
 }  # fmt: skip
 
 _SEE_MORE_THAN_EARLIER_TOKENS = {"blt", "cpmant", "git", "kosmos-2", "kosmos-2.5", "moshi", "musicgen", "prophetnet"}
@@ -41,6 +42,32 @@ class ModelSpec:
     config: PreTrainedConfig
     num_layers: int
     layers: dict[int, LayerSpec]
+
+    @cached_property
+    def _kinds(self) -> set[type]:
+        return {type(layer) for layer in cache_layers(self.config)} - {DummyLayer}
+
+    @property
+    def has_plain_attention(self) -> bool:
+        """Whether K and V go from the cache to transformers' attention interface, with nothing chosen in between."""
+        return self._kinds <= _WITH_STATES
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether what a cache holds for padding has no effect, so that it need not be stored."""
+        return self.has_plain_attention and self.config.model_type not in _SEE_MORE_THAN_EARLIER_TOKENS
+
+    @cached_property
+    def is_prefix_exact(self) -> bool:
+        """Whether K and V of a token depend on the tokens before it and on nothing else in a cache."""
+        decoder = self.config
+        rope = getattr(decoder, "rope_parameters", None) or getattr(decoder, "rope_scaling", None) or {}
+        return (
+            self._kinds <= _ORDINARY
+            and self.ignores_padding
+            and not decoder.is_encoder_decoder
+            and not _rope_types(rope) & _LENGTH_DEPENDENT_ROPE
+        )
 
 
 def model_spec(config: PreTrainedConfig) -> ModelSpec:
@@ -81,29 +108,6 @@ def has_reference_window(layer_type: type) -> bool:
 def _window(template: CacheLayerMixin) -> int | None:
     """Tokens that the layer's cache keeps; None for all."""
     return None if has_reference_window(type(template)) else getattr(template, "sliding_window", None)
-
-
-def has_plain_attention(decoder: PreTrainedConfig) -> bool:
-    """Whether K and V go from the cache to transformers' attention interface, with nothing chosen in between."""
-    return {type(layer) for layer in cache_layers(decoder)} <= _WITH_STATES
-
-
-def ignores_padding(spec: ModelSpec) -> bool:
-    """Whether what a cache holds for padding has no effect, so that it need not be stored."""
-    return has_plain_attention(spec.config) and spec.config.model_type not in _SEE_MORE_THAN_EARLIER_TOKENS
-
-
-def is_prefix_exact(spec: ModelSpec) -> bool:
-    """Whether K and V of a token depend on the tokens before it and on nothing else in a cache."""
-    decoder = spec.config
-    kinds = {type(layer) for layer in cache_layers(decoder)} - {DummyLayer}
-    rope = getattr(decoder, "rope_parameters", None) or getattr(decoder, "rope_scaling", None) or {}
-    return (
-        kinds <= _ORDINARY
-        and ignores_padding(spec)
-        and not decoder.is_encoder_decoder
-        and not _rope_types(rope) & _LENGTH_DEPENDENT_ROPE
-    )
 
 
 def _rope_types(rope: Any) -> set[str]:

@@ -17,7 +17,7 @@ from .compat import base_model, logger, text_config, uses_attention_interface
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
-from .model_spec import has_plain_attention
+from .model_spec import model_spec
 
 NAME = "paged_cache"
 """The attention implementation, as `model.config._attn_implementation` shows it."""
@@ -73,7 +73,7 @@ class _Patch:
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = text_config(model.config)
         self._config: PreTrainedConfig | None = None
-        if has_plain_attention(decoder) and uses_attention_interface(model, decoder):
+        if model_spec(model.config).has_plain_attention and uses_attention_interface(model, decoder):
             self._config = decoder
         if self._config is not None:
             _register(self._config)

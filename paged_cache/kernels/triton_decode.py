@@ -302,23 +302,10 @@ def _dot_dtype(query: torch.dtype, cache: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TL_DTYPES[dtype]
 
 
-def supports(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    sinks: torch.Tensor | None = None,
-    **_options: object,
-) -> str | None:
-    """Why `paged_attention` does not take this call, or None if it does.
-
-    Takes the arguments of `paged_attention`, whose shapes must fit each other. All options are supported.
-    """
+def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> str | None:
+    """Why `paged_attention` does not take a call with these tensors, or None if it does. All options are supported."""
     q_len, group = query.shape[2], query.shape[1] // key_cache.shape[2]
     block_size = key_cache.shape[1]
-    tensors = [query, key_cache, value_cache, block_table, seq_lens] + ([] if sinks is None else [sinks])
     if reason := _device_problem(query.device):
         return reason
     if q_len > MAX_Q_LEN and q_len * group > MAX_ROWS:
@@ -329,14 +316,13 @@ def supports(
         return f"head dimensions {key_cache.shape[-1]} and {value_cache.shape[-1]} are not within 16 .. 256"
     if block_size < 4 or block_size & (block_size - 1):
         return f"block size {block_size} is not a power of two of at least 4"
-    if block_table.dtype != torch.int32 or seq_lens.dtype != torch.int32:
-        return f"block table is {block_table.dtype}, sequence lengths {seq_lens.dtype}, not int32"
-    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors):
-        return f"the last strides {[x.stride(-1) for x in tensors]} are not all 1"
+    strides = [x.stride(-1) for x in (query, key_cache, value_cache)]
+    if strides != [1, 1, 1]:
+        return f"the last strides {strides} are not all 1"
     if query.shape[0] > MAX_GRID:
         return f"batch size {query.shape[0]} is above {MAX_GRID}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "it has no backward pass, and an argument requires grad"
+    if torch.is_grad_enabled() and query.requires_grad:
+        return "it has no backward pass, and the query requires grad"
     return None
 
 
@@ -387,8 +373,11 @@ def paged_attention(
     Raises:
         InvalidRequestError: Shapes do not fit each other, or `supports` gives a reason.
     """
-    tensors = (query, key_cache, value_cache, block_table, seq_lens)
-    check_shapes(*tensors, sinks)
-    if reason := supports(*tensors, sinks=sinks):
+    check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks)
+    if reason := supports(query, key_cache, value_cache):
         raise InvalidRequestError(f"the Triton decode kernel does not take this call: {reason}")
-    return _launch(*tensors, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks)
+    tables = block_table.int().contiguous(), seq_lens.int().contiguous()
+    sinks = None if sinks is None else sinks.detach().contiguous()
+    return _launch(
+        query, key_cache, value_cache, *tables, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks
+    )

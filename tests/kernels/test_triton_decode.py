@@ -36,7 +36,7 @@ def interpret(*args: str) -> subprocess.CompletedProcess[str]:
 def test_equals_the_reference_under_the_interpreter() -> None:
     """All tests of on_device/, on CPU tensors."""
     options = ("-q", "-p", "no:xdist", "-p", "no:cacheprovider")
-    done = interpret("-m", "pytest", *options, str(HERE / "on_device" / "test_triton_decode.py"))
+    done = interpret("-m", "pytest", *options, str(HERE / "on_device"))
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -59,7 +59,8 @@ def test_the_guard_pages_catch_a_wrong_block(side: str) -> None:
 
 def test_refuses_cpu_tensors_unless_interpreted() -> None:
     """A call for the reference or the CPU kernel."""
-    assert "not on a CUDA device" in build(Case()).run(triton_decode.supports)
+    inputs = build(Case())
+    assert "not on a CUDA device" in triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache)
 
 
 @pytest.mark.parametrize(

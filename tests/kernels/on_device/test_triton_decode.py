@@ -155,8 +155,6 @@ REFUSED = {
     "and 512": changed(value_cache=lambda x: x.repeat(1, 1, 1, 8)),
     "block size 2": changed(key_cache=lambda x: x[:, :2], value_cache=lambda x: x[:, :2]),
     "block size 12": changed(key_cache=lambda x: x[:, :12], value_cache=lambda x: x[:, :12]),
-    "block table is torch.int64": changed(block_table=lambda x: x.long()),
-    "sequence lengths torch.int64": changed(seq_lens=lambda x: x.long()),
     "last strides": changed(key_cache=lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
     "no backward": changed(query=lambda x: x.detach().requires_grad_()),
 }
@@ -175,14 +173,22 @@ INVALID = {
 def test_supports_names_the_reason(reason: str) -> None:
     """What the kernel does not take is refused by `supports`, and in the same words by the kernel."""
     inputs = REFUSED[reason]
-    assert reason in inputs.run(triton_decode.supports)
+    assert reason in triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache)
     with pytest.raises(InvalidRequestError, match=reason):
         inputs.run(triton_decode.paged_attention)
 
 
 def test_supports_takes_what_the_matrix_covers() -> None:
     """No reason to refuse an ordinary call."""
-    assert build(Case(q_len=16, **FEATURES), DEVICE).run(triton_decode.supports) is None
+    inputs = build(Case(q_len=16, **FEATURES), DEVICE)
+    assert triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache) is None
+
+
+def test_tables_of_other_integers() -> None:
+    """int64 tables and lengths, and strided ones, mean the same."""
+    inputs = build(Case(lens=(5, 40)), DEVICE)
+    wide = replace(inputs, block_table=inputs.block_table.long().T.contiguous().T, seq_lens=inputs.seq_lens.long())
+    assert torch.equal(inputs.run(triton_decode.paged_attention), wide.run(triton_decode.paged_attention))
 
 
 @pytest.mark.parametrize("message", INVALID)

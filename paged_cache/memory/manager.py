@@ -282,7 +282,7 @@ class BlockManager:
                 table[index] = known
                 sequence.touch()
                 self._release([mine])
-            elif not self.allocator.is_indexed(mine):
+            else:
                 self.index.put(node, group, mine)
                 self.allocator.mark_indexed(mine)
         sequence.node, sequence.tail = node, sequence.tail[self.block_size :]

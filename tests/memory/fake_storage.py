@@ -134,7 +134,10 @@ class FakeStorage:
     def _check_table(self, row: Row, group: int, table: list[int]) -> None:
         size, window = self.manager.block_size, self.manager.windows[group]
         length = row.computed
-        for i in range(0 if window is None else max(length - window + 1, 0), length):
+        first = 0 if window is None else max(length - window + 1, 0)
+        if row.floor == len(row.tokens):
+            assert set(table[: first // size]) <= {HOLE}, "a block that nobody sees is still held"
+        for i in range(first, length):
             block = table[i // size]
             assert block != HOLE
             assert self.slots[block][i % size] == (group, row.contents[i]), (group, i, table)

@@ -12,10 +12,18 @@ from paged_cache.memory.prefix import PrefixNode
 from tests.memory.fake_storage import POISON, FakeStorage, Row, Slots
 
 MAX_ROWS = 8
-ROOTS = (None, "a", "b")
+ROOTS = ("a", "a", "a", "b", None)
+STORY = (-1, -2, -2, -1, -1, -2, -1)  # what most rows say again and again, so that they meet; two ids with one hash
 
 picks = st.integers(0, 10**6)  # taken modulo what there is
-token_lists = st.lists(st.sampled_from((-1, -2)), max_size=9)  # two ids with one hash
+counts = st.sampled_from((0, 1, 1, 1, 2, 3, 4, 5, 9))
+wrong_tokens = st.none() | st.integers(0, 8)  # which of the new tokens differs from the story
+rows_of_step = st.lists(picks, min_size=1, max_size=4)
+growths = st.lists(st.tuples(counts, wrong_tokens), min_size=4, max_size=4)
+knowns = st.sampled_from((True, True, True, True, False))  # whether the first row's ids are
+
+
+Growths = list[tuple[int, int | None]]  # how many tokens, and which of them differs
 
 
 def pick(items: list, numbers: list[int]) -> list:
@@ -31,21 +39,29 @@ def path(node: PrefixNode) -> tuple:
     return (*path(node.parent), *node.tokens)
 
 
+def tell(start: int, count: int, wrong: int | None) -> list[int]:
+    """The next tokens of the story from `start` on, but for the one numbered `wrong`."""
+    tokens = [STORY[i % len(STORY)] for i in range(start, start + count)]
+    if wrong is not None and wrong < count:
+        tokens[wrong] = -3 - tokens[wrong]
+    return tokens
+
+
 class Pool(RuleBasedStateMachine):
     """Rows that share a pool, with forwards that may stay open while others go on."""
 
     @initialize(
-        num_blocks=st.integers(3, 16),
-        block_size=st.sampled_from((1, 2, 4)),
+        num_blocks=st.integers(4, 32),
+        block_size=st.sampled_from((1, 2, 2, 4)),
         windows=st.sampled_from(((None,), (None, 6), (5,), (2,), (None, 3, 1))),
-        prefix_caching=st.sampled_from((True, True, True, False)),
+        prefix_caching=st.sampled_from((True, True, True, True, False)),
     )
     def start_pool(self, num_blocks: int, block_size: int, windows: tuple, prefix_caching: bool) -> None:
-        self.manager = BlockManager(num_blocks, block_size, windows, prefix_caching)
+        self.manager = BlockManager(num_blocks * len(windows), block_size, windows, prefix_caching)
         self.storage = FakeStorage(self.manager)
-        self.rows: list[Row] = []
-        self.steps: list[tuple[Slots, bool]] = []  # open ones, and whether their slots are still to be written
         self.private = itertools.count()
+        self.rows = [self._new("a"), self._new("a")]
+        self.steps: list[tuple[Slots, bool]] = []  # open ones, and whether their slots are still to be written
 
     # Rows of open steps can be given back, nothing else; see PagedState.settle.
 
@@ -66,40 +82,39 @@ class Pool(RuleBasedStateMachine):
         self.rows.append(self._new(root))
 
     @precondition(has_room)
-    @rule(root=st.sampled_from(ROOTS), like=picks, tokens=token_lists, limit=st.integers(0, 20))
-    def start_from_prefix(self, root: str | None, like: int, tokens: list[int], limit: int) -> None:
+    @rule(root=st.sampled_from(ROOTS), count=st.integers(0, 20), wrong=wrong_tokens, limit=st.integers(0, 20))
+    def start_from_prefix(self, root: str | None, count: int, wrong: int | None, limit: int) -> None:
         row = self._new(root)
-        tokens = [*(self.rows[like % len(self.rows)].tokens[: like % 13] if self.rows else []), *tokens]
-        found = self.manager.match(row.sequence, tokens, min(limit, len(tokens)))
-        assert found == self._longest_prefix(root, tokens, min(limit, len(tokens)))
+        tokens, limit = tell(0, count, wrong), min(limit, count)
+        found = self.manager.match(row.sequence, tokens, limit)
+        assert found == self._longest_prefix(root, tokens, limit)
         self.manager.take_prefix(row.sequence, tokens, found)
         row.append(tokens[:found])
         row.floor = row.computed = found
         self.rows.append(row)
 
     @precondition(has_closed)
-    @rule(
-        numbers=st.lists(picks, min_size=1, max_size=4),
-        tokens=st.lists(token_lists, min_size=4, max_size=4),
-        alike=st.booleans(),
-        known=st.sampled_from((True, True, True, False)),
-        late=st.booleans(),
-    )
-    def begin(self, numbers: list[int], tokens: list[list[int]], alike: bool, known: bool, late: bool) -> None:
+    @rule(numbers=rows_of_step, growths=growths, known=knowns, late=st.booleans())
+    def begin(self, numbers: list[int], growths: Growths, known: bool, late: bool) -> None:
+        """A forward that stays open while other things happen."""
+        step = self._extend(pick(self.closed, numbers), growths, known)
+        if step is not None:
+            self.steps.append((step, late))
+            if not late:
+                self.storage.write(step)
+
+    @precondition(has_closed)
+    @rule(numbers=rows_of_step, growths=growths, known=knowns, keep_past=st.booleans())
+    def forward(self, numbers: list[int], growths: Growths, known: bool, keep_past: bool) -> None:
+        self._forward(pick(self.closed, numbers), growths, known, keep_past)
+
+    @precondition(has_closed)
+    @rule(numbers=rows_of_step, count=counts, one_by_one=st.booleans())
+    def forward_alike(self, numbers: list[int], count: int, one_by_one: bool) -> None:
+        """Rows that say the same, at once or token by token."""
         rows = pick(self.closed, numbers)
-        ids = [tokens[0 if alike else i] for i in range(len(rows))]
-        self.manager.check()  # takes abandoned rows back, which is no part of the step
-        before = self._snapshot()
-        try:
-            step = self.storage.extend(rows, ids, [known, *[True] * (len(rows) - 1)])
-        except OutOfBlocksError:
-            assert self._snapshot() == before
-            return
-        if not known and ids[0]:
-            self._make_private(rows[0], step.starts[0])
-        if not late:
-            self.storage.write(step)
-        self.steps.append((step, late))
+        for tokens in [1] * count if one_by_one else [count]:
+            self._forward(rows, [(tokens, None)] * len(rows))
 
     @precondition(lambda self: self.steps)
     @rule(number=picks, keep_past=st.booleans())
@@ -116,13 +131,15 @@ class Pool(RuleBasedStateMachine):
         self.storage.abort(step)
 
     @precondition(lambda self: self.has_room() and self.has_closed())
-    @rule(number=picks)
-    def fork(self, number: int) -> None:
+    @rule(number=picks, growths=growths)
+    def fork(self, number: int, growths: Growths) -> None:
+        """Both go on."""
         (row,) = pick(self.closed, [number])
         self.rows.append(row.copy(self.manager.fork(row.sequence)))
+        self._forward([row, self.rows[-1]], growths)
 
     @precondition(has_closed)
-    @rule(numbers=st.lists(picks, min_size=1, max_size=4), indices=st.lists(st.integers(-4, 3), max_size=4))
+    @rule(numbers=rows_of_step, indices=st.lists(st.integers(-4, 3), max_size=4))
     def select(self, numbers: list[int], indices: list[int]) -> None:
         rows = pick(self.closed, numbers)
         indices = [i for i in indices if -len(rows) <= i < len(rows)]
@@ -132,14 +149,16 @@ class Pool(RuleBasedStateMachine):
         self.rows += [rows[i].copy(sequence) for i, sequence in zip(indices, sequences, strict=True)]
 
     @precondition(has_closed)
-    @rule(number=picks, num_tokens=st.integers(0, 10))
-    def crop(self, number: int, num_tokens: int) -> None:
+    @rule(number=picks, num_tokens=st.integers(0, 5), others=rows_of_step, growths=growths)
+    def crop(self, number: int, num_tokens: int, others: list[int], growths: Growths) -> None:
+        """The row goes on, others beside it."""
         (row,) = pick(self.closed, [number])
         floor = row.floor if any(self.manager.windows) else 0
         row.cut(max(len(row.tokens) - num_tokens, floor))
         self.manager.truncate(row.sequence, len(row.tokens))
         self.manager.commit(row.sequence)
         row.floor = len(row.tokens)
+        self._forward([row, *pick([other for other in self.closed if other is not row], others[:3])], growths)
 
     @precondition(lambda self: self.rows)
     @rule(number=picks, in_finalizer=st.booleans())
@@ -167,8 +186,10 @@ class Pool(RuleBasedStateMachine):
         self.storage.check([row])
         self.manager.release(row.sequence)
 
-    @rule()
-    def clear_prefix_cache(self) -> None:
+    @rule(really=st.sampled_from((False, False, False, True)))
+    def clear_prefix_cache(self, really: bool) -> None:
+        if not really:  # often, and there would be nothing to find for the other rules
+            return
         self.manager.clear_prefix_cache()
         assert not self.manager.num_cached
         for row in self.rows:
@@ -196,6 +217,25 @@ class Pool(RuleBasedStateMachine):
         if root is None:
             self._make_private(row, 0)
         return row
+
+    def _forward(self, rows: list[Row], growths: Growths, known: bool = True, keep_past: bool = False) -> None:
+        step = self._extend(rows, growths, known)
+        if step is not None:
+            self.storage.write(step)
+            self.storage.commit(step, keep_past)
+
+    def _extend(self, rows: list[Row], growths: Growths, known: bool) -> Slots | None:
+        tokens = [tell(len(row.tokens), count, wrong) for row, (count, wrong) in zip(rows, growths, strict=False)]
+        self.manager.check()  # takes abandoned rows back, which is no part of the step
+        before = self._snapshot()
+        try:
+            step = self.storage.extend(rows, tokens, [known, *[True] * (len(rows) - 1)])
+        except OutOfBlocksError:
+            assert self._snapshot() == before
+            return None
+        if not known and tokens[0]:
+            self._make_private(rows[0], step.starts[0])
+        return step
 
     def _make_private(self, row: Row, start: int) -> None:
         """What comes from `start` on can be shared with nobody but forks."""
@@ -231,4 +271,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=600, stateful_step_count=40, deadline=None)

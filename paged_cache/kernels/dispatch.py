@@ -3,7 +3,7 @@
 import importlib
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -50,7 +50,7 @@ def _default(device_type: str) -> str:
     return {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(name: str) -> ModuleType:
     if name not in KERNELS:
         raise InvalidRequestError(f"PAGED_CACHE_KERNEL is {name!r}; it has to be one of {', '.join(KERNELS)}.")

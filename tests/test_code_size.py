@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEDIAN_FUNCTION = 10
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 300
+LONGEST_KERNEL_FILE = 400  # a kernel, its launcher and the public function are read together
 
 # Kernels are one piece by nature. A decorator counts with or without its module and arguments: @numba.njit(cache=True).
 COMPILERS = {"jit", "njit", "cfunc", "autotune", "heuristics"}
@@ -63,7 +64,8 @@ def test_no_file_is_long() -> None:
     """Every file has one subject."""
     sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files()}
 
-    assert not {name: lines for name, lines in sizes.items() if lines > LONGEST_FILE}
+    longest = {name: LONGEST_KERNEL_FILE if "/kernels/" in name else LONGEST_FILE for name in sizes}
+    assert not {name: lines for name, lines in sizes.items() if lines > longest[name]}
 
 
 def test_every_test_says_what_must_hold() -> None:

@@ -61,7 +61,10 @@ class Prompt:
         if position_ids is None:
             return not any(self.pads)
         if self.q_len == 1 and position_ids.shape == (self.batch, 1):  # a decoding step: lists are faster than tensors
-            return all(p == self.start - pad or pad > self.start for (p,), pad in zip(position_ids.tolist(), self.pads, strict=True))
+            return all(
+                p == self.start - pad or pad > self.start
+                for (p,), pad in zip(position_ids.tolist(), self.pads, strict=True)
+            )
         positions = position_ids.reshape(-1, position_ids.shape[-1])
         if positions.shape[-1] != self.q_len or (positions.shape[0] % self.batch and positions.shape[0] != 1):
             return False

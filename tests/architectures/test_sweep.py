@@ -88,6 +88,7 @@ def test_same_tokens_as_dynamic_cache(name, check, patched):
     assert pool.num_free == pool.num_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in LEFT_OUT])
 def test_reference_says_something(name):
     """The tiny model does not repeat itself: equal tokens would otherwise prove nothing."""
@@ -95,6 +96,7 @@ def test_reference_says_something(name):
         assert len(row.unique()) >= LEAST_DISTINCT_TOKENS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, check in CASES if check == "second turn" and name not in STATE_ONLY])
 def test_one_wrong_token_is_noticed(name):
     """With the keys and values of one token in the place of another's, the tiny model goes on differently."""

@@ -19,6 +19,7 @@ from tests.kernels import aot  # noqa: E402
 from tests.kernels.cases import Case, build  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not aot.have_tools(), reason="this Triton does not bring cuobjdump and nvdisasm"),
     pytest.mark.skipif(triton_decode.INTERPRETED, reason="TRITON_INTERPRET replaces the compiler"),
 ]

@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton")
 from paged_cache.kernels import triton_decode  # noqa: E402  triton may be missing
 from tests.kernels.cases import Case, build  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -149,33 +149,35 @@ class Pool(RuleBasedStateMachine):
         self.rows += [rows[i].copy(sequence) for i, sequence in zip(indices, sequences, strict=True)]
 
     @precondition(has_closed)
-    @rule(number=picks, num_tokens=st.integers(0, 5), growth=st.none() | st.tuples(counts, wrong_tokens))
-    def crop(self, number: int, num_tokens: int, growth: tuple[int, int | None] | None) -> None:
-        """The row goes on differently or as before, beside a new one that says what it said."""
+    @rule(number=picks, num_tokens=st.integers(0, 5), growth=st.tuples(counts, wrong_tokens), is_alone=st.booleans())
+    def crop(self, number: int, num_tokens: int, growth: tuple[int, int | None], is_alone: bool) -> None:
+        """The row goes on, alone or beside a new one that says what it said."""
         (row,) = pick(self.closed, [number])
         floor = row.floor if any(self.manager.windows) else 0
         row.cut(max(len(row.tokens) - num_tokens, floor))
         self.manager.truncate(row.sequence, len(row.tokens))
         self.manager.commit(row.sequence)
         row.floor = len(row.tokens)
-        if growth is not None and self.has_room():
+        if is_alone or not self.has_room():
+            self._forward([row], [growth])
+        else:
             self.rows.append(self._new(row.root if row.root in ROOTS else None))
             self._forward([row, self.rows[-1]], [growth, (9, None)])
 
     @precondition(lambda self: self.rows)
     @rule(number=picks, in_finalizer=st.booleans())
     def give_back(self, number: int, in_finalizer: bool) -> None:
-        row = self.rows.pop(number % len(self.rows))
+        """A row, or all rows of an open step, which wait for each other's blocks."""
+        row = self.rows[number % len(self.rows)]
+        steps = [(step, late) for step, late in self.steps if any(row is other for other in step.rows)]
+        given = steps[0][0].rows if steps else [row]
+        self.steps = [entry for entry in self.steps if entry not in steps]
+        self.rows = [row for row in self.rows if not any(row is other for other in given)]
         if in_finalizer:
-            self.manager.abandon([row.sequence])
-        else:
+            self.manager.abandon(row.sequence for row in given)
+            return
+        for row in [*given, *given]:
             self.manager.release(row.sequence)
-            self.manager.release(row.sequence)
-        for step, _ in self.steps:
-            kept = [i for i, other in enumerate(step.rows) if other is not row]
-            step.rows[:], step.starts[:] = [step.rows[i] for i in kept], [step.starts[i] for i in kept]
-            for slots in step.writes.slots:
-                slots[:] = [slots[i] for i in kept]
 
     @rule(share=st.integers(1, 4))
     def press(self, share: int) -> None:
@@ -273,4 +275,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=600, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=1000, stateful_step_count=40, deadline=None)

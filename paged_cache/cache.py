@@ -33,7 +33,13 @@ class PagedCache(DynamicCache):
             raise InvalidRequestError(
                 f"PagedCache needs a BlockPool, got {type(pool).__name__}: BlockPool.for_model(model)."
             )
-        self._build(PagedState(pool, cache_salt))
+        try:
+            hash(cache_salt)
+        except TypeError:
+            raise InvalidRequestError(
+                f"cache_salt is {cache_salt!r}; it has to be hashable, such as a string."
+            ) from None
+        self._build(PagedState(pool, (type(cache_salt), cache_salt)))
 
     def _build(self, state: PagedState) -> None:
         self._state = state
@@ -44,8 +50,8 @@ class PagedCache(DynamicCache):
     def for_prompt(
         cls,
         pool: BlockPool,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Any,
+        attention_mask: Any = None,
         *,
         cache_salt: Hashable = None,
     ) -> "PagedCache":
@@ -61,6 +67,15 @@ class PagedCache(DynamicCache):
             cache_salt: As in `PagedCache`.
         """
         cache = cls(pool, cache_salt=cache_salt)
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            raise InvalidRequestError(
+                f"input_ids is {type(input_ids).__name__}; for_prompt takes a tensor [batch, prompt_length], and the mask "
+                "after it: for_prompt(pool, **tokenizer(prompts, padding=True, return_tensors='pt'))."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise InvalidRequestError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
+            )
         prompt = Prompt.read(input_ids, attention_mask, start=0)
         prompt.require_left_padding()
         if prompt.is_regular and pool.spec.is_prefix_exact:
@@ -113,6 +128,7 @@ class PagedCache(DynamicCache):
 
     def reset(self) -> None:
         """Gives all blocks back; the cache is as new."""
+        self._state.require_alive()
         self._state.clear()
         super().reset()  # type: ignore[no-untyped-call]
 

@@ -56,18 +56,25 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     state.is_patched = True
     if shape is None or not state.can_announce or not state.pool.spec.ignores_padding:
         return inputs
-    if state.rows is not None:
-        state.expand(shape[0])
-    ids = None if embeds is not None or ids is None or ids.dim() != 2 else ids
-    prompt = Prompt.read(ids, mask, state.length, shape, state.pads or None)
-    prompt.require_left_padding()
-    is_new = state.rows is None
+    num_rows = len(state.rows) if state.rows is not None else 0
     try:
+        if num_rows:
+            state.expand(shape[0])
+        ids = None if embeds is not None or ids is None or ids.dim() != 2 else ids
+        prompt = Prompt.read(ids, mask, state.length, shape, state.pads or None)
+        prompt.require_left_padding()
         return _begin(model, state, prompt, inputs, lazy and not (is_decoder and mask is not None))
     except BaseException:
-        if is_new:
-            state.clear()
+        _restore(state, num_rows)
         raise
+
+
+def _restore(state: PagedState, num_rows: int) -> None:
+    """Rows as they were before a forward that did not begin."""
+    if num_rows == 0:
+        state.clear()
+    elif state.rows is not None and len(state.rows) > num_rows:
+        state.select(list(range(0, len(state.rows), len(state.rows) // num_rows)))
 
 
 def _begin(
@@ -79,7 +86,7 @@ def _begin(
             state.start_rows([None] * prompt.batch)
         else:
             prompt, inputs = _drop(
-                prompt, inputs, start_from_prefix(state, prompt, keys, _most_to_skip(prompt, inputs))
+                prompt, inputs, start_from_prefix(state, prompt, keys, _most_to_skip(model, prompt, inputs))
             )
     elif keys is None or keys != state.root_keys:
         state.forget_tokens()
@@ -119,8 +126,11 @@ def _root_keys(
         first_positions = prompt.pads
     else:
         return None
-    if state.rows is not None and prompt.q_len == 1 and not state.fills_a_block():
-        return state.root_keys
+    if state.rows is not None:
+        if state.pool.light_key() != state.light_key:
+            return None
+        if prompt.q_len == 1 and not state.fills_a_block():
+            return state.root_keys
     return row_keys(state, first_positions)
 
 
@@ -128,10 +138,12 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple, dict)) and len(value) > 0)
 
 
-def _most_to_skip(prompt: Prompt, inputs: dict[str, Any]) -> int:
+def _most_to_skip(model: PreTrainedModel, prompt: Prompt, inputs: dict[str, Any]) -> int:
     """Columns that may be left out of the forward: the caller sees only the last `logits_to_keep` of them."""
     keep = inputs.get("logits_to_keep")
-    wants_all = inputs.get("output_attentions") or inputs.get("output_hidden_states")
+    wants_all = any(
+        inputs.get(name) or getattr(model.config, name, False) for name in ("output_attentions", "output_hidden_states")
+    )
     if not isinstance(keep, int) or keep < 1 or wants_all or inputs.get("labels") is not None:
         return 0
     return max(prompt.q_len - keep, 0)

@@ -3,8 +3,9 @@
 import inspect
 import weakref
 from contextlib import AbstractContextManager
-from functools import partial
-from types import TracebackType
+from dataclasses import dataclass
+from functools import cache, wraps
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def patch(model: torch.nn.Module) -> Patched:
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is no transformers model: nothing in it can be patched.")
-    if inner in _patches:
+    if _find(inner) is not None:
         return Patched(inner, is_owner=False)
     _patches[inner] = _Patch(inner)
     return Patched(inner, is_owner=True)
@@ -57,67 +58,116 @@ def patch(model: torch.nn.Module) -> Patched:
 
 def unpatch(model: torch.nn.Module) -> None:
     """Takes `patch` back, without a trace. A model that is not patched stays as it is."""
-    applied = _patches.pop(base_model(model), None)
+    inner = base_model(model)
+    applied = _find(inner)
     if applied is not None:
-        applied.remove()
+        del _patches[inner]
+        applied.remove(inner)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether `patch` is in effect."""
-    return base_model(model) in _patches
+    return _find(base_model(model)) is not None
+
+
+def _find(model: torch.nn.Module) -> "_Patch | None":
+    """The patch of a model. A copy of a patched model carries the hooks; its patch is made when it is first asked for."""
+    hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Before)]
+    if hooks and model not in _patches:
+        _patches[model] = _Patch(model, copied_from=hooks[0])
+    return _patches.get(model)
 
 
 class _Patch:
-    """Two hooks and, where the model's attention goes through transformers' interface, another implementation name."""
+    """Two hooks, a guard around `forward`, and another implementation name if attention goes through the interface."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any, copied_from: "_Before | None" = None) -> None:
         decoder = text_config(model.config)
-        self._config: PreTrainedConfig | None = None
-        if model_spec(model.config).has_plain_attention and uses_attention_interface(model, decoder):
-            self._config = decoder
-        if self._config is not None:
-            _register(self._config)
-        lazy = self._config is not None
-        self._hooks = [
-            model.register_forward_pre_hook(partial(_before, lazy), with_kwargs=True, prepend=True),
-            model.register_forward_hook(_after, with_kwargs=True, always_call=True),
-        ]
+        prior = copied_from.prior if copied_from else decoder._attn_implementation
+        lazy = model_spec(model.config).has_plain_attention and uses_attention_interface(model, decoder)
+        self._unregister = weakref.finalize(model, _unregister, _register(decoder, prior)) if lazy else None
+        if self._unregister is not None:
+            self._unregister.atexit = False
+        if copied_from is None:
+            model.register_forward_pre_hook(_Before(lazy, prior), with_kwargs=True, prepend=True)
+            model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+            if "forward" not in vars(model):
+                model.forward = MethodType(_guarded(type(model).forward), model)
 
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        if self._config is not None:
-            _unregister(self._config)
+    def remove(self, model: torch.nn.Module) -> None:
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Before) or hook is _after]:
+                del hooks[key]
+                for names in (
+                    "_forward_pre_hooks_with_kwargs",
+                    "_forward_hooks_with_kwargs",
+                    "_forward_hooks_always_called",
+                ):
+                    getattr(model, names).pop(key, None)
+        if getattr(vars(model).get("forward"), "is_guard", False):
+            del model.forward
+        if self._unregister is not None:
+            self._unregister()
 
 
-def _before(lazy: bool, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs = kwargs
-    if args:
-        inputs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
-    cache = find_cache(inputs)
-    if cache is None or torch.compiler.is_compiling():
-        return None
-    return (), begin_forward(model, cache, inputs, lazy)
+@dataclass(frozen=True)
+class _Before:
+    """Hook before a forward.
+
+    Attributes:
+        lazy: Whether attention knows `PagedTensor`.
+        prior: The attention implementation before `patch`.
+    """
+
+    lazy: bool
+    prior: str
+
+    def __call__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _find(model)
+        inputs = kwargs
+        if args:
+            inputs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+        cache = find_cache(inputs)
+        if cache is None or torch.compiler.is_compiling():
+            return None
+        return (), begin_forward(model, cache, inputs, self.lazy)
 
 
 def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    inputs = kwargs
-    cache = find_cache(inputs)
+    """Hook after a forward, also after one that raised an `Exception`."""
+    cache = find_cache(kwargs)
     if cache is not None:
         state = cache._state
         state.abort() if output is None else state.finish()
+
+
+@cache
+def _guarded(forward: Any) -> Any:
+    """`forward` that takes its step back on anything that stops it: torch calls no hook after a `KeyboardInterrupt`."""
+
+    @wraps(forward)
+    def guarded(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            _after(self, args, kwargs, None)  # type: ignore[arg-type]
+            raise
+
+    guarded.is_guard = True  # type: ignore[attr-defined]
+    return guarded
 
 
 _priors: dict[int, tuple[PreTrainedConfig, str, int]] = {}
 """By the id of a decoder's config: the config, what it said before, and how many patched models share it."""
 
 
-def _register(config: PreTrainedConfig) -> None:
-    _, prior, count = _priors.get(id(config), (config, config._attn_implementation, 0))
+def _register(config: PreTrainedConfig, prior: str) -> PreTrainedConfig:
+    _, prior, count = _priors.get(id(config), (config, prior, 0))
     _priors[id(config)] = (config, prior, count + 1)
     config._attn_implementation_internal = NAME
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
+    return config
 
 
 def _unregister(config: PreTrainedConfig) -> None:
@@ -126,7 +176,8 @@ def _unregister(config: PreTrainedConfig) -> None:
         _priors[id(config)] = (config, prior, count - 1)
         return
     del _priors[id(config)]
-    config._attn_implementation_internal = prior
+    if config._attn_implementation == NAME:  # not if somebody chose another one meanwhile
+        config._attn_implementation_internal = prior
     if not _priors:
         del AttentionInterface._global_mapping[NAME]
         del AttentionMaskInterface._global_mapping[NAME]

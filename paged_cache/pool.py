@@ -1,13 +1,10 @@
 """The pool of blocks that all caches of a model draw from."""
 
 import inspect
-import re
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -17,10 +14,8 @@ from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
 from .memory.storage import KVStorage
 from .model_spec import ModelSpec, model_spec
+from .sizes import check_block_size, check_dtype, num_blocks_for
 from .weights import WeightsVersion
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,7 @@ class BlockPool:
         self.spec = spec
         self.storage = KVStorage(layout, num_blocks, block_size, dtype, device)
         self.manager = BlockManager(num_blocks, block_size, layout.windows, prefix_caching)
+        self.manager.on_copy = self._copy_blocks
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._weights: WeightsVersion | None = None
         self._confirmed: set[int] = set()
@@ -105,12 +101,13 @@ class BlockPool:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is no transformers model: pass a PreTrainedModel or a PeftModel around one."
             )
-        _check_block_size(block_size)
+        check_block_size(block_size)
+        check_dtype(dtype)
         spec = model_spec(inner.config)
         layout = plan_layout(spec.layers)
         dtype = dtype or inner.dtype
         block_nbytes = layout.entry_numel_per_token * block_size * dtype.itemsize
-        count = _num_blocks(num_blocks, memory, block_nbytes, inner.device)
+        count = num_blocks_for(num_blocks, memory, block_nbytes, inner.device)
         pool = cls(
             spec,
             layout,
@@ -202,6 +199,10 @@ class BlockPool:
             self._weights.invalidate()
         self.clear_prefix_cache()
 
+    def light_key(self) -> Hashable:
+        """The part of `root_key` that can change and change back between two tokens."""
+        return self._weights.light_key() if self._weights is not None else None
+
     def root_key(self, cache_salt: Hashable, extra: Hashable) -> Hashable | None:
         """All that K and V depend on besides the tokens; None if nothing may be shared now."""
         key = self._weights.key() if self._weights is not None and self.manager.prefix_caching else None
@@ -217,6 +218,18 @@ class BlockPool:
         """Whether the model is told each token's position; otherwise it counts columns, padding included."""
         model = self._model() if self._model is not None else None
         return model is None or "position_ids" in inspect.signature(model.forward).parameters
+
+    @property
+    def is_compileable(self) -> bool:
+        """Asked by `generate` if the pool itself is passed as `past_key_values`: says what to pass.
+
+        Raises:
+            InvalidRequestError: Always.
+        """
+        raise InvalidRequestError("a BlockPool is no cache: pass past_key_values=PagedCache(pool).")
+
+    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        self.storage.copy_blocks(pairs)  # looked up now: the pool may have been laid out again
 
     def describe(self) -> str:
         """One line: blocks, tokens, GiB, bytes per token."""
@@ -250,47 +263,3 @@ class BlockPool:
 
     def __repr__(self) -> str:
         return f"BlockPool({self.describe()})"
-
-
-def _check_block_size(block_size: Any) -> None:
-    if not isinstance(block_size, int) or block_size < 1 or block_size & (block_size - 1):
-        raise InvalidRequestError(f"block_size is {block_size!r}; it has to be a power of two, such as 16.")
-
-
-def _num_blocks(num_blocks: Any, memory: Any, block_nbytes: int, device: torch.device) -> int:
-    if (num_blocks is None) == (memory is None):
-        raise InvalidRequestError(
-            f"num_blocks is {num_blocks!r} and memory is {memory!r}; give exactly one of them, e.g. memory='2GiB'."
-        )
-    if num_blocks is not None:
-        if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
-            raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
-        return num_blocks
-    nbytes = parse_memory(memory, device)
-    if nbytes < block_nbytes:
-        raise InvalidRequestError(f"memory={memory!r} is {nbytes} bytes; one block alone takes {block_nbytes} bytes.")
-    return int(nbytes // block_nbytes) if block_nbytes else 1  # models of states only keep nothing in blocks
-
-
-def parse_memory(memory: Any, device: torch.device) -> int:
-    """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
-    if isinstance(memory, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
-        unit = {**_UNITS, **_BINARY_UNITS}.get(match[2].upper()) if match else None
-        if match is None or unit is None:
-            raise InvalidRequestError(f"memory is {memory!r}; write it like '2GiB', '500MB' or '1000000'.")
-        return int(float(match[1]) * unit)
-    if isinstance(memory, float):
-        if not 0 < memory <= 1:
-            raise InvalidRequestError(f"memory is {memory!r}; a float is a share of the free memory, in (0, 1].")
-        return int(free_memory(device) * memory)
-    if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
-        raise InvalidRequestError(f"memory is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
-    return memory
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

@@ -26,6 +26,7 @@ class Prompt:
     tokens: list[list[int]] | None
     is_regular: bool
     right_padded_row: int | None = None
+    uncovered_row: int | None = None
 
     @classmethod
     def read(
@@ -40,20 +41,26 @@ class Prompt:
         batch, q_len = shape or tuple(input_ids.shape)  # type: ignore[union-attr]
         end = start + q_len
         pads = list(known_pads or [0] * batch)
-        is_regular, right_padded_row = True, None
+        is_regular, right_padded_row, uncovered_row = True, None, None
         if attention_mask is not None:
+            uncovered_row = _uncovered_row(attention_mask, batch, end, pads) if start else None
             pads, is_regular, right_padded_row = _read_mask(attention_mask, batch, start, end, pads)
         tokens = None
         if input_ids is not None:
             tokens = [row[max(pad - start, 0) :] for row, pad in zip(input_ids.tolist(), pads, strict=True)]
-        return cls(batch, q_len, start, pads, tokens, is_regular, right_padded_row)
+        return cls(batch, q_len, start, pads, tokens, is_regular, right_padded_row, uncovered_row)
 
     def require_left_padding(self) -> None:
-        """Raises `InvalidRequestError` if a row is padded on the right."""
+        """Raises `InvalidRequestError` if a row is padded on the right, or shows what was padding before."""
         if self.right_padded_row is not None:
             raise InvalidRequestError(
                 f"row {self.right_padded_row} is padded on the right: its last token is masked. Generation needs padding "
                 "on the left: tokenizer.padding_side = 'left'."
+            )
+        if self.uncovered_row is not None:
+            raise InvalidRequestError(
+                f"row {self.uncovered_row}: the attention mask shows tokens that it hid as padding before, and the cache did "
+                "not store them. Pass the mask of the earlier forwards, with ones for the new tokens."
             )
 
     def has_positions(self, position_ids: torch.Tensor | None) -> bool:
@@ -72,6 +79,15 @@ class Prompt:
         expected = columns - torch.tensor(self.pads, device=positions.device)[:, None]
         expected = expected.repeat(max(positions.shape[0] // self.batch, 1), 1)
         return bool(((positions == expected) | (expected < 0)).all())
+
+
+def _uncovered_row(mask: torch.Tensor, batch: int, end: int, pads: list[int]) -> int | None:
+    """The first row whose mask shows a column that is padding in the cache."""
+    if mask.dim() != 2 or tuple(mask.shape) != (batch, end) or not any(pads):
+        return None
+    columns = torch.arange(end, device=mask.device)
+    shown = ((mask != 0) & (columns < torch.tensor(pads, device=mask.device)[:, None])).any(1)
+    return next((row for row, is_shown in enumerate(shown.tolist()) if is_shown), None)
 
 
 def _read_mask(

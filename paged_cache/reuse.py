@@ -28,15 +28,17 @@ def start_from_prefix(state: PagedState, prompt: Prompt, keys: RootKeys, limit: 
     """
     manager, tokens = state.pool.manager, prompt.tokens
     assert tokens is not None
-    rows = state.start_rows(keys)
-    columns, last = limit, -1
-    while columns != last:  # what one row lacks may take blocks of a window away from another
-        last = columns
+    state.light_key = state.pool.light_key()
+    with manager.lock:
+        rows = state.start_rows(keys)
+        columns, last = limit, -1
+        while columns != last:  # what one row lacks may take blocks of a window away from another
+            last = columns
+            for row, pad, ids in zip(rows, prompt.pads, tokens, strict=True):
+                columns = min(columns, pad + manager.match(row, ids, max(columns - pad, 0)))
         for row, pad, ids in zip(rows, prompt.pads, tokens, strict=True):
-            columns = min(columns, pad + manager.match(row, ids, max(columns - pad, 0)))
-    for row, pad, ids in zip(rows, prompt.pads, tokens, strict=True):
-        manager.take_prefix(row, ids, max(columns - pad, 0))
-    state.begin_at(columns, prompt.pads, keys)
+            manager.take_prefix(row, ids, max(columns - pad, 0))
+        state.begin_at(columns, prompt.pads, keys)
     manager.counters.prefix_queries += sum(len(ids) for ids in tokens)
     manager.counters.prefix_hits += sum(max(columns - pad, 0) for pad in prompt.pads)
     return columns

@@ -53,6 +53,7 @@ class PagedState:
         length: Columns (tokens of the padded rows) of all closed steps and of the open one.
         root_keys: Per row what besides the tokens its K and V depend on; None while nothing is shared.
         keep_past: Blocks behind windows stay until the next crop.
+        light_key: What of `root_keys` may change between two tokens, as it was at the first.
         is_patched: The model tells its forwards in advance.
         can_announce: Its inputs have the rows and columns that its layers give (not so with codebooks, say).
         is_released: The cache gave everything back for good.
@@ -68,6 +69,7 @@ class PagedState:
         self.keep_past = False
         self.is_released = False
         self.open: Step | None = None
+        self.light_key: Hashable = None
         self.is_patched = False
         self.can_announce = True
         self._is_hooked = False
@@ -149,10 +151,10 @@ class PagedState:
         """Compares a layer's first K and V with the pool, which follows other shapes but no other dtype or device."""
         pool = self.pool
         for name, x in (("keys", keys), ("values", values)):
-            if x.dtype != pool.dtype:
+            if torch.promote_types(x.dtype, pool.dtype) != pool.dtype:
                 raise InvalidRequestError(
-                    f"layer {layer} gives {name} of {x.dtype}, the pool holds {pool.dtype}: "
-                    f"BlockPool.for_model(model, ..., dtype={x.dtype})."
+                    f"layer {layer} gives {name} of {x.dtype}, the pool holds {pool.dtype} and would lose precision: "
+                    f"BlockPool.for_model(model, ..., dtype={torch.promote_types(x.dtype, pool.dtype)})."
                 )
             if x.device != pool.device:
                 raise InvalidRequestError(
@@ -192,6 +194,7 @@ class PagedState:
             other.rows = [self.pool.manager.fork(row) for row in self.rows]
         other.pads, other.length = list(self.pads), self.length
         other.layer_lengths = dict(self.layer_lengths)
+        other.light_key = self.light_key
         other.root_keys, other.keep_past, other.is_released = self.root_keys, self.keep_past, self.is_released
         return other
 
@@ -234,7 +237,6 @@ class PagedState:
             tokens = inputs.tokens[i] if inputs.tokens is not None else None
             growths.append(Growth(row, max(end - max(pad, self.length), 0), tokens))
         writes = self.pool.manager.extend(growths)
-        self.pool.storage.copy_blocks(writes.copies)
         step = Step(
             self.pool.storage,
             self.rows,

@@ -138,16 +138,28 @@ class Step:
         """
         self.num_updates += 1
         group = self.groups[self.storage.layout.places[layer].group]
-        flat_keys, flat_values = (x.detach().transpose(1, 2).flatten(0, 1) for x in (keys, values))
+        flat_keys, flat_values = _as_tokens(keys), _as_tokens(values)
         if group.written is not None:
             flat_keys, flat_values = flat_keys[group.written], flat_values[group.written]
         self.storage.write(layer, group.slots, flat_keys, flat_values)
         if self.start == 0:
             return keys, values
         view = PagedView(layer, group)
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            past = group.kv_length - self.q_len  # the new tokens keep their graph
+            return tuple(torch.cat([x[:, :, :past], new], 2) for x, new in zip(view.dense, (keys, values), strict=True))  # type: ignore[return-value]
+        if keys.dtype != values.dtype or keys.dtype != self.storage.dtype:  # under autocast
+            return tuple(x.to(new.dtype) for x, new in zip(view.dense, (keys, values), strict=True))  # type: ignore[return-value]
         if not self.lazy:
             return view.dense
         return view.lazy(Keys(view), keys), view.lazy(Values(view), values)
+
+
+def _as_tokens(new: torch.Tensor) -> torch.Tensor:
+    """`[batch, heads, q_len, dim]` to `[batch * q_len, heads, dim]`, without a graph."""
+    if new.requires_grad:
+        new = new.detach()
+    return new[:, :, 0] if new.shape[2] == 1 else new.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

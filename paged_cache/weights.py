@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Hashable
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -15,14 +16,16 @@ _SAMPLES = 64
 class WeightsVersion:
     """Names the state of a model's weights and adapters, so that it can be part of a prefix key.
 
-    In-place changes (optimizer steps, `load_state_dict`) show in torch's version counters, replaced parameters in their
-    identity, adapters in their names, scaling and content (peft swaps some through `.data`, which no counter sees).
-    Writes through `.data` to other weights do not show: call `invalidate`.
+    In-place changes (optimizer steps, `load_state_dict`) show in torch's version counters, replaced parameters and modules in
+    their identity, adapters in their names, scaling and content (peft swaps some through `.data`, which no counter sees).
+    Other changes do not show (writes through `.data`, attributes of modules, hooks that change activations): call
+    `invalidate`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._seen: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._seen: list[tuple[weakref.ref[Any], int]] = []
+        self._tuners: list[torch.nn.Module] = []
         self._generation = 0
 
     def invalidate(self) -> None:
@@ -33,22 +36,31 @@ class WeightsVersion:
     def key(self) -> Hashable | None:
         """Equal keys mean equal weights; None if the state cannot be told, so that nothing may be shared."""
         model = self._model()
-        if model is None or model.training:
+        modules = list(model.modules()) if model is not None else []
+        if model is None or any(module.training for module in modules):
             return None
         tensors = list(chain(model.parameters(), model.buffers()))
-        if not self._are_seen(tensors):
-            self._generation += 1
-            self._seen = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
         if any(tensor.is_inference() for tensor in tensors):  # no version counter
             return None
-        adapters = _adapters_key(peft_tuner_layers(model))
+        parts: list[tuple[Any, int]] = [(module, 0) for module in modules]
+        parts += [(tensor, tensor.data_ptr()) for tensor in tensors]
+        if not self._are_seen(parts):
+            self._generation += 1
+            self._seen = [(weakref.ref(part), pointer) for part, pointer in parts]
+        self._tuners = peft_tuner_layers(model)
+        adapters = _adapters_key(self._tuners)
         # counters only grow and the tensors are the same ones, so that the sum tells any change in place
         return None if adapters is None else (self._generation, sum(tensor._version for tensor in tensors), adapters)
 
-    def _are_seen(self, tensors: list[torch.Tensor]) -> bool:
-        return len(tensors) == len(self._seen) and all(
-            ref() is tensor and pointer == tensor.data_ptr()
-            for (ref, pointer), tensor in zip(self._seen, tensors, strict=True)
+    def light_key(self) -> Hashable:
+        """What may change and change back between two tokens: train or eval mode, and which adapters are active."""
+        model = self._model()
+        mode = model is None or model.training
+        return mode, tuple((bool(layer._forward_pre_hooks), _layer_key(layer)) for layer in self._tuners)
+
+    def _are_seen(self, parts: list[tuple[Any, int]]) -> bool:
+        return len(parts) == len(self._seen) and all(
+            ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, parts, strict=True)
         )
 
 

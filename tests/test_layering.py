@@ -27,6 +27,7 @@ FLOORS = {
     "paged_cache.pool": 2,
     "paged_cache.prompt": 2,
     "paged_cache.reuse": 2,
+    "paged_cache.sizes": 1,
     "paged_cache.state": 2,
     "paged_cache.step": 2,
     "paged_cache.weights": 2,

@@ -101,7 +101,8 @@ class KVStorage:
         self.layers = {layer: self._layer(layout.specs[layer], place) for layer, place in layout.places.items()}
 
     def _slab(self, numel: int) -> torch.Tensor:
-        return torch.empty(self.num_blocks, self.block_size * numel, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):  # a pool made in inference mode also serves `generate`, which is not
+            return torch.empty(self.num_blocks, self.block_size * numel, dtype=self.dtype, device=self.device)
 
     def _layer(self, spec: LayerSpec, place: Place) -> LayerBlocks:
         key_slab, value_slab = self._slabs[place.slab]
@@ -115,6 +116,7 @@ class KVStorage:
         return entry.view(self.num_blocks, self.block_size, heads, dim)
 
     def _write(self, blocks: torch.Tensor, flat: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor) -> None:
+        new = new.to(self.dtype)
         if flat is not None:
             flat.index_copy_(0, slots, new)
         else:

@@ -1,0 +1,66 @@
+"""How large a pool is: checks and conversions of what callers say."""
+
+import re
+from typing import Any
+
+import psutil
+import torch
+
+from .errors import InvalidRequestError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `InvalidRequestError` unless it is None or a floating point dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidRequestError(f"dtype is {dtype!r}; it has to be a floating point torch.dtype, or None.")
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raises `InvalidRequestError` unless it is a power of two."""
+    if not isinstance(block_size, int) or block_size < 1 or block_size & (block_size - 1):
+        raise InvalidRequestError(f"block_size is {block_size!r}; it has to be a power of two, such as 16.")
+
+
+def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: int, device: torch.device) -> int:
+    """The size of a pool from the one of `num_blocks` and `memory` that is given."""
+    if (num_blocks is None) == (memory is None):
+        raise InvalidRequestError(
+            f"num_blocks is {num_blocks!r} and memory is {memory!r}; give exactly one of them, e.g. memory='2GiB'."
+        )
+    if num_blocks is not None:
+        if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
+            raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
+        return num_blocks
+    nbytes = parse_memory(memory, device)
+    if nbytes < block_nbytes:
+        raise InvalidRequestError(f"memory={memory!r} is {nbytes} bytes; one block alone takes {block_nbytes} bytes.")
+    return int(nbytes // block_nbytes) if block_nbytes else 1  # models of states only keep nothing in blocks
+
+
+def parse_memory(memory: Any, device: torch.device) -> int:
+    """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
+        unit = {**_UNITS, **_BINARY_UNITS}.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise InvalidRequestError(
+                f"memory is {memory!r}; write it like '2GiB', '500MB' or '1000000', or give a share in (0, 1] as a float."
+            )
+        return int(float(match[1]) * unit)
+    if isinstance(memory, float):
+        if not 0 < memory <= 1:
+            raise InvalidRequestError(f"memory is {memory!r}; a float is a share of the free memory, in (0, 1].")
+        return int(free_memory(device) * memory)
+    if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
+        raise InvalidRequestError(f"memory is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
+    return memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

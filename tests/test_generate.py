@@ -4,11 +4,20 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import paged_cache
 from paged_cache import PagedCache
+from paged_cache.assets import MODEL_PATH
 from tests.models import KINDS, assert_whole, maybe_patched, model, poisoned_pool, prompts
 
 ALWAYS = {"max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": None, "do_sample": False, "repetition_penalty": 1.5}
@@ -228,3 +237,19 @@ def test_kernel_really_runs(monkeypatch):
 
     assert len(calls) == (ALWAYS["max_new_tokens"] - 1) * of.config.num_hidden_layers
     assert not gathers
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_stop_strings(patched):
+    """Stop strings, with the tokenizer and the trained model that the package carries."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    of = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+    inputs = tokenizer(["def read_lines(path):\n", "class Stack:\n    def"], padding=True, return_tensors="pt")
+    mode = {"stop_strings": ["return", "\n\n"], "tokenizer": tokenizer, "max_new_tokens": 60, "do_sample": False}
+
+    expected = of.generate(**inputs, **mode, past_key_values=DynamicCache(config=of.config))
+    with maybe_patched(of, patched):
+        actual = of.generate(**inputs, **mode, past_key_values=PagedCache(poisoned_pool(of)))
+
+    assert torch.equal(expected, actual)
+    assert (actual[:, -1] == tokenizer.pad_token_id).any()  # a row that was stopped waits for the other

@@ -40,16 +40,8 @@ def paged_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     num_heads, q_len = query.shape[1], query.shape[2]
     block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
-    device = query.device
     kv_len = block_table.shape[1] * block_size
-
-    kv_pos = torch.arange(kv_len, device=device)
-    q_pos = seq_lens.to(device)[:, None].long() - q_len + torch.arange(q_len, device=device)  # [batch, q_len]
-    visible = kv_pos <= q_pos[..., None]  # [batch, q_len, kv_len]
-    if window is not None:
-        visible &= kv_pos > q_pos[..., None] - window
-    if chunk is not None:
-        visible &= kv_pos // chunk == (q_pos // chunk)[..., None]
+    visible = visible_keys(seq_lens, q_len, kv_len, window, chunk)
 
     seen = visible.any(1)[..., None, None]  # [batch, kv_len, 1, 1]: the rest may be uninitialised memory
     table = block_table.long().clamp(min=0)
@@ -69,3 +61,17 @@ def paged_attention(
     probs = torch.softmax(scores, dim=-1)[..., :kv_len].masked_fill(~visible[:, None], 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", probs, values)
     return out.to(query.dtype).contiguous()
+
+
+def visible_keys(
+    seq_lens: torch.Tensor, q_len: int, kv_len: int, window: int | None, chunk: int | None
+) -> torch.Tensor:
+    """bool `[batch, q_len, kv_len]`: which keys each query sees."""
+    kv_pos = torch.arange(kv_len, device=seq_lens.device)
+    q_pos = seq_lens[:, None].long() - q_len + torch.arange(q_len, device=seq_lens.device)  # [batch, q_len]
+    visible = kv_pos <= q_pos[..., None]
+    if window is not None:
+        visible &= kv_pos > q_pos[..., None] - window
+    if chunk is not None:
+        visible &= kv_pos // chunk == (q_pos // chunk)[..., None]
+    return visible

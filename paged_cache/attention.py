@@ -47,7 +47,7 @@ def paged_attention_forward(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]` and the attention probabilities if the prior implementation gives them.
     """
-    reason = why_dense(query, key, value, attention_mask, args, kwargs)
+    reason = why_prior(prior, kwargs) or why_dense(query, key, value, attention_mask, args, kwargs)
     if reason is None:
         return _on_blocks(module, query, key.source.view, attention_mask, kwargs), None  # type: ignore[attr-defined]
     if isinstance(key, PagedTensor):
@@ -55,6 +55,12 @@ def paged_attention_forward(
     key, value = (x.dense() if isinstance(x, PagedTensor) else x for x in (key, value))
     mask = attention_mask.exact() if isinstance(attention_mask, LazyMask) else attention_mask
     return prior_attention(prior, module)(module, query, key, value, mask, *args, **kwargs)
+
+
+def why_prior(prior: str, kwargs: dict[str, Any]) -> str | None:
+    """Why the prior attention has to decide: transformers' sdpa leaves out or refuses what kernels and eager compute."""
+    unknown = [name for name in ("softcap", "s_aux") if prior == "sdpa" and kwargs.get(name) is not None]
+    return f"sdpa does not know {unknown}" if unknown else None
 
 
 def why_dense(

@@ -89,12 +89,13 @@ def test_batch_equals_single_rows(kind, patched):
     """The golden rule: each row of a padded batch equals its prompt alone, without padding, on a DynamicCache."""
     of, inputs = model(kind), prompts()
     pool = poisoned_pool(of)
+    plain = ALWAYS | {"repetition_penalty": 1.0}  # transformers 5.17 also counts padding as repeated
 
     with maybe_patched(of, patched):
-        batch = of.generate(**inputs, **ALWAYS, past_key_values=PagedCache(pool))
+        batch = of.generate(**inputs, **plain, past_key_values=PagedCache(pool))
 
     for row, ids, mask in zip(batch, inputs["input_ids"], inputs["attention_mask"], strict=True):
-        alone = of.generate(ids[mask.bool()][None], **ALWAYS, past_key_values=DynamicCache(config=of.config))
+        alone = of.generate(ids[mask.bool()][None], **plain, past_key_values=DynamicCache(config=of.config))
         assert torch.equal(alone[0, mask.sum() :], row[ids.shape[0] :])
     assert_whole(pool)
 

@@ -59,8 +59,9 @@ def paged_attention_forward(
 
 def why_prior(prior: str, kwargs: dict[str, Any]) -> str | None:
     """Why the prior attention has to decide: transformers' sdpa leaves out or refuses what kernels and eager compute."""
-    unknown = [name for name in ("softcap", "s_aux") if prior == "sdpa" and kwargs.get(name) is not None]
-    return f"sdpa does not know {unknown}" if unknown else None
+    if prior == "sdpa" and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
+        return "sdpa does not know softcap and sinks"
+    return None
 
 
 def why_dense(
@@ -112,7 +113,9 @@ def _on_blocks(
     pattern, group = mask.source.pattern, view.group
     blocks = view.step.storage.layers[view.layer]
     scale = kwargs.get("scaling")
-    windows = [w for w in (pattern.window, group.window if pattern.chunk is None else None) if w is not None]
+    window = pattern.window
+    if group.window is not None and pattern.chunk is None:
+        window = group.window if window is None else min(window, group.window)
     return paged_attention(
         query,
         blocks.keys,
@@ -120,7 +123,7 @@ def _on_blocks(
         group.block_table,
         view.step.seq_lens,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        window=min(windows, default=None),
+        window=window,
         chunk=pattern.chunk,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),

@@ -36,14 +36,23 @@ def paged_attention(
     `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them.
     """
     kernel = _kernel(os.environ.get("PAGED_CACHE_KERNEL") or _default(query.device.type))
-    tensors = query, key_cache, value_cache, block_table, seq_lens
-    options = {"scale": scale, "window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks}
     if kernel is not reference:
         reason = kernel.supports(query, key_cache, value_cache)
         if reason is not None:
             logger.debug("%s does not take this call: %s", kernel.__name__, reason)
             kernel = reference
-    return kernel.paged_attention(*tensors, **options)  # type: ignore[no-any-return]
+    return kernel.paged_attention(  # type: ignore[no-any-return]
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
 def _default(device_type: str) -> str:

@@ -116,7 +116,8 @@ class KVStorage:
         return entry.view(self.num_blocks, self.block_size, heads, dim)
 
     def _write(self, blocks: torch.Tensor, flat: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor) -> None:
-        new = new.to(self.dtype)
+        if new.dtype != self.dtype:
+            new = new.to(self.dtype)
         if flat is not None:
             flat.index_copy_(0, slots, new)
         else:

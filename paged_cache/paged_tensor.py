@@ -38,9 +38,6 @@ class LazyTensor(torch.Tensor):
         tensor.source, tensor._dense = source, None
         return tensor
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-
     def dense(self) -> torch.Tensor:
         """The real tensor; made on the first call."""
         if self._dense is None:

@@ -162,7 +162,7 @@ def _as_tokens(new: torch.Tensor) -> torch.Tensor:
     return new[:, :, 0] if new.shape[2] == 1 else new.transpose(1, 2).flatten(0, 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PagedView:
     """One layer's blocks as one forward sees them: what a kernel needs, and how to do without one."""
 
@@ -192,7 +192,7 @@ class PagedView:
         return (keys.contiguous(), values.contiguous()) if step.is_contiguous else (keys, values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Keys:
     """Source of a `PagedTensor` of keys."""
 
@@ -203,7 +203,7 @@ class Keys:
         return self.view.dense[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Values:
     """Source of a `PagedTensor` of values."""
 

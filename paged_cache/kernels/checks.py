@@ -28,6 +28,7 @@ def check_shapes(
         )
     if sinks is not None and sinks.shape != (num_heads,):
         raise InvalidRequestError(f"sinks {tuple(sinks.shape)} must have one entry for each of {num_heads} heads")
-    tensors = [query, key_cache, value_cache, block_table, seq_lens] + ([] if sinks is None else [sinks])
-    if len({x.device for x in tensors}) > 1:
+    device = query.device
+    tensors = (query, key_cache, value_cache, block_table, seq_lens, query if sinks is None else sinks)
+    if any(x.device != device for x in tensors):
         raise InvalidRequestError(f"the tensors must be on one device, not on {[str(x.device) for x in tensors]}")

@@ -1,8 +1,12 @@
 """What all kernels ask of their arguments."""
 
+from typing import Any
+
 import torch
 
 from paged_cache.errors import InvalidRequestError
+
+from .quantized import LARGEST
 
 
 def check_shapes(
@@ -11,24 +15,70 @@ def check_shapes(
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_q_len: int | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    kv_starts: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    **_: Any,
 ) -> None:
     """Raise `InvalidRequestError` if a kernel given these arguments of `paged_attention` would read beyond a tensor."""
-    batch, num_heads, _, head_dim = query.shape
-    if key_cache.shape[:3] != value_cache.shape[:3] or key_cache.shape[3] != head_dim:
+    batch, (rows, num_heads, q_len, head_dim) = seq_lens.shape[0], query.shape
+    _check_caches(key_cache, value_cache, key_scales, value_scales)
+    if key_cache.shape[3] != head_dim:
         raise InvalidRequestError(
-            f"query {tuple(query.shape)}, key cache {tuple(key_cache.shape)} and value cache "
-            f"{tuple(value_cache.shape)} do not fit: head_dim must agree, and the caches in all but the last dimension"
+            f"query {tuple(query.shape)} and key cache {tuple(key_cache.shape)} differ in head_dim"
         )
     if num_heads % key_cache.shape[2]:
         raise InvalidRequestError(f"{num_heads} query heads are not a multiple of {key_cache.shape[2]} KV heads")
-    if block_table.shape[:-1] != (batch,) or seq_lens.shape != (batch,):
+    if (cu_seqlens_q is None) != (max_q_len is None) or (cu_seqlens_q is not None and position_bias is not None):
+        raise InvalidRequestError("the packed form takes cu_seqlens_q and max_q_len, both, and no position_bias")
+    if rows != (batch if cu_seqlens_q is None else 1):
+        raise InvalidRequestError(f"query {tuple(query.shape)} does not fit {batch} sequence lengths")
+    wanted = {
+        "block_table": (block_table, (batch, block_table.shape[-1])),
+        "seq_lens": (seq_lens, (batch,)),
+        "cu_seqlens_q": (cu_seqlens_q, (batch + 1,)),
+        "kv_starts": (kv_starts, (batch,)),
+        "sinks": (sinks, (num_heads,)),
+        "alibi_slopes": (alibi_slopes, (num_heads,)),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is not None and x.shape != shape:
+            raise InvalidRequestError(f"{name} is {tuple(x.shape)}; it has to be {shape}")
+    if position_bias is not None and (
+        position_bias.shape[0] not in (1, batch) or position_bias.shape[1:3] != (num_heads, q_len)
+    ):
         raise InvalidRequestError(
-            f"block table {tuple(block_table.shape)} and sequence lengths {tuple(seq_lens.shape)} need {batch} rows"
+            f"position_bias is {tuple(position_bias.shape)}; it has to be [1 or {batch}, {num_heads}, {q_len}, kv_len]"
         )
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise InvalidRequestError(f"sinks {tuple(sinks.shape)} must have one entry for each of {num_heads} heads")
-    device = query.device
-    tensors = (query, key_cache, value_cache, block_table, seq_lens, query if sinks is None else sinks)
-    if any(x.device != device for x in tensors):
-        raise InvalidRequestError(f"the tensors must be on one device, not on {[str(x.device) for x in tensors]}")
+    tensors = [query, key_cache, value_cache, position_bias, key_scales, value_scales, *(x for x, _ in wanted.values())]
+    devices = {str(x.device) for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise InvalidRequestError(f"the tensors must be on one device, not on {sorted(devices)}")
+
+
+def _check_caches(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> None:
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        raise InvalidRequestError(
+            f"key cache {tuple(key_cache.shape)} and value cache {tuple(value_cache.shape)} must agree in all but the "
+            "last dimension"
+        )
+    for name, cache, scales in (("key", key_cache, key_scales), ("value", value_cache, value_scales)):
+        if (cache.dtype in LARGEST) != (scales is not None):
+            raise InvalidRequestError(
+                f"a {name} cache of {cache.dtype} {'needs' if scales is None else 'has no'} {name}_scales"
+            )
+        if scales is not None and (scales.shape != cache.shape[:3] or scales.dtype is not torch.float32):
+            raise InvalidRequestError(
+                f"{name}_scales is {scales.dtype} {tuple(scales.shape)}; it has to be float32 {tuple(cache.shape[:3])}"
+            )

@@ -31,8 +31,13 @@ _PACK = struct.Struct(f"{len(cpu_kernel.INTEGERS)}q{len(cpu_kernel.REALS)}d").pa
 logger = logging.getLogger("paged_cache")
 
 
-def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> str | None:
+_NOT_YET = ("cu_seqlens_q", "alibi_slopes", "position_bias", "kv_starts", "key_scales", "value_scales")
+
+
+def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, **options: object) -> str | None:
     """Why the kernel cannot take a call with these tensors, or None if it can."""
+    if new := [name for name in _NOT_YET if options.get(name) is not None]:
+        return f"{', '.join(new)}: not yet"
     if not (query.is_cpu and key_cache.is_cpu and value_cache.is_cpu):
         return "a tensor is not on the CPU"
     if query.dtype not in _KINDS:
@@ -58,6 +63,7 @@ def paged_attention(
     chunk: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    **_: object,
 ) -> torch.Tensor:
     """Causal attention through a block table; see `reference.paged_attention` for shapes and meaning.
 
@@ -68,7 +74,7 @@ def paged_attention(
     table_rows, width = block_table.shape
     fits = key_cache.shape == (num_blocks, block_size, num_kv_heads, dim) and num_heads % num_kv_heads == 0
     if not fits or table_rows != batch or seq_lens.shape[0] != batch or sinks is not None:
-        check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks)  # says what is wrong
+        check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks=sinks)  # says what is wrong
     dtype, kv_dtype = query.dtype, key_cache.dtype
     query = query if dtype is kv_dtype else query.float()
     query = query if query.stride(3) == 1 else query.contiguous()

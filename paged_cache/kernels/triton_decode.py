@@ -302,10 +302,15 @@ def _dot_dtype(query: torch.dtype, cache: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TL_DTYPES[dtype]
 
 
-def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> str | None:
+_NOT_YET = ("cu_seqlens_q", "alibi_slopes", "position_bias", "kv_starts", "key_scales", "value_scales")
+
+
+def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, **options: object) -> str | None:
     """Why `paged_attention` does not take a call with these tensors, or None if it does. All options are supported."""
     q_len, group = query.shape[2], query.shape[1] // key_cache.shape[2]
     block_size = key_cache.shape[1]
+    if new := [name for name in _NOT_YET if options.get(name) is not None]:
+        return f"{', '.join(new)}: not yet"
     if reason := _device_problem(query.device):
         return reason
     if q_len > MAX_Q_LEN and q_len * group > MAX_ROWS:
@@ -349,6 +354,7 @@ def paged_attention(
     chunk: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    **_: object,
 ) -> torch.Tensor:
     """Causal attention of the last `q_len` tokens of each sequence, read through a block table.
 
@@ -373,7 +379,7 @@ def paged_attention(
     Raises:
         InvalidRequestError: Shapes do not fit each other, or `supports` gives a reason.
     """
-    check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks)
+    check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks=sinks)
     if reason := supports(query, key_cache, value_cache):
         raise InvalidRequestError(f"the Triton decode kernel does not take this call: {reason}")
     tables = block_table.int().contiguous(), seq_lens.int().contiguous()

@@ -49,9 +49,10 @@ def guard_all(inputs: Inputs, side: str) -> Inputs:
     """`inputs` with every tensor guarded, and unused table entries that point into a guard."""
     outside = -1 if side == "front" else inputs.key_cache.shape[0]
     table = inputs.block_table.masked_fill(inputs.block_table < 0, outside)
-    names = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "sinks")
+    names = ("query", "key_cache", "value_cache", "seq_lens")
     tensors = {name: getattr(inputs, name) for name in names} | {"block_table": table}
-    return replace(inputs, **{name: None if x is None else guarded(x, side) for name, x in tensors.items()})
+    guards = {name: guarded(x, side) for name, x in tensors.items()}
+    return replace(inputs, **guards, extras={name: guarded(x, side) for name, x in inputs.extras.items()})
 
 
 def main(side: str, *mistakes: str) -> None:

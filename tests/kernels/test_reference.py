@@ -11,10 +11,12 @@ from transformers.masking_utils import sliding_window_causal_mask_function as wi
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
-from paged_cache.kernels.reference import paged_attention
+from paged_cache.kernels.quantized import LARGEST, dequantize, quantize
+from paged_cache.kernels.reference import copy_blocks, paged_attention, write_kv
 from tests.kernels.cases import Case, Inputs, build, seen_positions, seen_range
 
-FEATURES = {"window": 24, "chunk": 20, "softcap": 2.0, "sinks": True}
+FEATURES = {"window": 24, "chunk": 20, "softcap": 2.0, "sinks": True, "alibi": True, "bias": 7}
+FEATURES |= {"starts": (3, 0, 65, 0, 20, 0, 16)}
 EXACT = {"dtype": torch.float64, "lens": (37, 1, 70, 0, 16, 15, 17)}
 SHAPES = [
     Case(**EXACT),
@@ -37,29 +39,50 @@ EDGES = [
     Case(**EXACT, chunk=16, block_size=16),
     Case(**EXACT, gain=300.0),  # exp() of such scores overflows unless the maximum is subtracted
     Case(**EXACT, q_len=5, **FEATURES),
+    Case(**EXACT, q_len=5, bias=1),
+]
+PACKED = {"q_lens": (20, 1, 33, 0, 1, 0, 5), "bias": 0}
+PACKS = [
+    Case(**EXACT, q_lens=PACKED["q_lens"]),
+    Case(**EXACT, **FEATURES | PACKED),
+    Case(**EXACT, q_lens=(40, 0, 0, 0, 0, 0, 0)),  # more queries than the row has tokens
+]
+QUANTISED = [
+    Case(**EXACT, kv_dtype=dtype, layout=layout, **more)
+    for dtype in (torch.int8, torch.float8_e4m3fn)
+    for layout, more in (("NHD", {}), ("HND", {"head_dim": 48, "v_head_dim": 32}), ("odd", FEATURES | PACKED))
 ]
 
 
 def naive_attention(inputs: Inputs) -> torch.Tensor:
     """The contract, one query and one head at a time, on the dense keys and values."""
-    case, options = inputs.case, inputs.options
-    v_dim, num_heads = case.v_head_dim or case.head_dim, case.num_kv_heads * case.group
-    out = torch.zeros(len(case.lens), case.q_len, num_heads, v_dim, dtype=case.dtype)
+    case = inputs.case
+    outs = [torch.zeros(n, case.num_heads, case.v_head_dim or case.head_dim, dtype=case.dtype) for n in case.new_tokens]
     for row, length in enumerate(case.lens):
-        for i in range(case.q_len):
-            seen = list(seen_range(case, length - case.q_len + i))
-            for head in range(num_heads if seen and seen[-1] >= 0 else 0):
-                keys = inputs.keys[row][seen, head // case.group]
-                score = keys @ inputs.query[row, head, i] * options["scale"]
-                if case.softcap is not None:
-                    score = case.softcap * torch.tanh(score / case.softcap)
-                weight = score.exp() if case.gain == 1.0 else (score - score.max()).exp()
-                total = weight.sum() + (inputs.sinks[head].exp() if case.sinks else 0.0)
-                out[row, i, head] = (weight / total) @ inputs.values[row][seen, head // case.group]
-    return out
+        for i in range(case.new_tokens[row]):
+            seen = [j for j in seen_range(case, row, length - case.new_tokens[row] + i) if j >= 0]
+            for head in range(case.num_heads if seen else 0):
+                outs[row][i, head] = naive_head(inputs, row, i, head, seen)
+    return torch.cat(outs)[None] if case.q_lens else torch.stack(outs)
 
 
-@pytest.mark.parametrize("case", SHAPES + SINGLE + PAIRS + EDGES, ids=str)
+def naive_head(inputs: Inputs, row: int, i: int, head: int, seen: list[int]) -> torch.Tensor:
+    """One query of one head over the keys it sees."""
+    case, extras = inputs.case, inputs.extras
+    query = inputs.query[0, :, sum(case.q_lens[:row]) + i] if case.q_lens else inputs.query[row, :, i]
+    score = inputs.keys[row][seen, head // case.group] @ query[head] * inputs.options["scale"]
+    if case.softcap is not None:
+        score = case.softcap * torch.tanh(score / case.softcap)
+    if case.alibi:
+        score = score + extras["alibi_slopes"][head].double() * (torch.tensor(seen) - seen[-1])
+    if case.bias:
+        score = score + extras["position_bias"][row % case.bias, head, i, seen]
+    weight = score.exp() if case.gain == 1.0 else (score - score.max()).exp()
+    total = weight.sum() + (extras["sinks"][head].exp() if case.sinks else 0.0)
+    return (weight / total) @ inputs.values[row][seen, head // case.group]
+
+
+@pytest.mark.parametrize("case", SHAPES + SINGLE + PAIRS + EDGES + PACKS + QUANTISED, ids=str)
 def test_equals_a_loop_over_dense_keys(case: Case) -> None:
     """Every shape and feature, alone and in pairs, against one query at a time; poison in unused memory has no effect."""
     inputs = build(case)
@@ -117,7 +140,7 @@ def test_equals_sdpa_under_the_masks_of_transformers(name: str, q_len: int) -> N
 def test_equals_the_models_that_brought_a_feature(attention, feature: dict, tolerance: float) -> None:
     """Sinks are GPT-OSS's, the soft cap is Gemma 2's."""
     inputs = build(Case(lens=(37, 5, 70), q_len=5, dtype=torch.float64, **feature))
-    module = SimpleNamespace(num_key_value_groups=inputs.case.group, sinks=inputs.sinks, training=False)
+    module = SimpleNamespace(num_key_value_groups=inputs.case.group, sinks=inputs.extras.get("sinks"), training=False)
     out = inputs.run(paged_attention)
     for row in range(len(inputs.case.lens)):
         mask = torch.zeros(5, inputs.case.lens[row], dtype=torch.float64)
@@ -160,6 +183,46 @@ def test_a_nan_of_the_model_is_not_hidden() -> None:
 def test_the_cases_are_poisoned() -> None:
     """The helpers do what these tests rest on: -1 and NaN wherever nothing is seen, data wherever something is."""
     inputs = build(Case(lens=(100, 3), window=20, q_len=2))
-    assert seen_positions(inputs.case, 100) == range(79, 100)
+    assert seen_positions(inputs.case, 0, 100) == range(79, 100)
     assert (inputs.block_table[0] >= 0).tolist() == [False] * 4 + [True] * 3 + [False] * 2
     assert int((~inputs.key_cache.isnan()).all(-1).all(-1).sum()) == 21 + 3
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+def test_quantised_vectors_keep_their_shape(dtype: torch.dtype) -> None:
+    """Half a step of the scale for int8, half a unit of 3 bits for e4m3; zeros and huge and tiny vectors included."""
+    x = torch.randn(50, 3, 64) * 10.0 ** torch.arange(-25, 25)[:, None, None]
+    x[0] = 0
+    codes, scale = quantize(x, dtype)
+    error = (dequantize(codes, scale) - x).abs()
+    step = scale[..., None] if dtype is torch.int8 else (x.abs() * 2**-3).maximum(scale[..., None] * 2**-9)
+    assert codes.dtype == dtype
+    assert (error <= 0.501 * step).all()
+    assert not dequantize(codes, scale)[0].any()
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *LARGEST], ids=str)
+def test_written_tokens_are_read_back(kv_dtype: torch.dtype | None) -> None:
+    """`write_kv` puts each token where `slot_mapping` says and touches nothing else; -1 is left out."""
+    inputs = build(Case(kv_dtype=kv_dtype, layout="HND", v_head_dim=32))
+    scales = {name: x for name, x in inputs.extras.items() if name.endswith("scales")}
+    keys, values = torch.randn(4, 2, 64), torch.randn(4, 2, 32)
+    table, before = inputs.block_table[2], inputs.run(paged_attention)
+    slots = torch.stack([table[i // 16] * 16 + i % 16 for i in (0, 17, 129)] + [torch.tensor(-1)]).long()
+    write_kv(keys, values, inputs.key_cache, inputs.value_cache, slots, **scales)
+    for i, position in enumerate((0, 17, 129)):
+        rounded = [x[i] if kv_dtype is None else dequantize(*quantize(x[i], kv_dtype)) for x in (keys, values)]
+        inputs.keys[2][position], inputs.values[2][position] = rounded
+    after = inputs.run(paged_attention)
+    torch.testing.assert_close(after, naive_attention(inputs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(before[:2], after[:2])
+
+
+def test_copied_blocks_are_the_same_bytes() -> None:
+    """All slabs at once, whatever their dtype; other blocks stay."""
+    slabs = [torch.randn(6, 8), torch.randint(0, 255, (6, 4)).to(torch.uint8).view(torch.float8_e4m3fn)]
+    wanted = [x.view(torch.uint8).clone() for x in slabs]
+    for x in wanted:
+        x[[4, 1]] = x[[0, 5]]
+    copy_blocks(slabs, slabs, torch.tensor([[0, 4], [5, 1]]))
+    assert all(torch.equal(x.view(torch.uint8), y) for x, y in zip(slabs, wanted, strict=True))

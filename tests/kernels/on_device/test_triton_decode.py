@@ -91,7 +91,8 @@ def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     assert out.dtype == case.dtype
     assert out.is_contiguous()
     expected = inputs.double().run(reference.paged_attention)
-    torch.testing.assert_close(out.cpu().double(), expected, **TOLERANCES[case.dtype])
+    tolerance = {name: x * case.gain for name, x in TOLERANCES[case.dtype].items()}  # scores round in proportion
+    torch.testing.assert_close(out.cpu().double(), expected, **tolerance)
 
 
 def test_the_cache_may_be_wider_than_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,12 +160,12 @@ REFUSED = {
     "no backward": changed(query=lambda x: x.detach().requires_grad_()),
 }
 INVALID = {
-    "head_dim must agree": changed(query=lambda x: x[..., :32]),
+    "differ in head_dim": changed(query=lambda x: x[..., :32]),
     "all but the last dimension": changed(value_cache=lambda x: x[1:]),
     "7 query heads": changed(query=lambda x: x[:, :7]),
-    "need 2 rows": changed(block_table=lambda x: x[:1]),
-    "lengths \\(3,\\) need": changed(seq_lens=lambda x: x.new_ones(3)),
-    "sinks \\(5,\\)": changed(sinks=lambda _: torch.zeros(5, device=DEVICE)),
+    "block_table is": changed(block_table=lambda x: x[:1]),
+    "does not fit 3 sequence": changed(seq_lens=lambda x: x.new_ones(3)),
+    "sinks is \\(5,\\)": changed(extras=lambda _: {"sinks": torch.zeros(5, device=DEVICE)}),
     "on one device": changed(seq_lens=lambda x: x.to("meta")),
 }
 

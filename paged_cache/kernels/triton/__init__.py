@@ -1,0 +1,1 @@
+"""Attention over blocks, and what moves blocks, on CUDA."""

@@ -127,6 +127,8 @@ def _on_blocks(
         chunk=pattern.chunk,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
+        key_scales=blocks.key_scales,
+        value_scales=blocks.value_scales,
     )
 
 

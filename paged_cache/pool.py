@@ -12,9 +12,9 @@ from .compat import base_model, logger, uses_attention_interface
 from .errors import InvalidRequestError, UnsupportedModelError
 from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
-from .memory.storage import KVStorage
+from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
-from .sizes import check_block_size, check_dtype, num_blocks_for
+from .sizes import check_block_size, check_dtypes, num_blocks_for
 from .weights import WeightsVersion
 
 
@@ -26,7 +26,7 @@ class PoolStats:
         num_blocks, num_free, num_cached, num_referenced: Blocks by state; `num_free` includes the cached ones.
         allocated, freed, evictions, cow_copies: Blocks over the pool's lifetime.
         prefix_queries, prefix_hits: Prompt tokens looked up, and those found, over the pool's lifetime.
-        nbytes: Bytes of K and V that the pool holds.
+        nbytes: Bytes of K and V that the pool holds, scales included.
     """
 
     num_blocks: int
@@ -59,10 +59,11 @@ class BlockPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
         prefix_caching: bool = True,
     ) -> None:
         self.spec = spec
-        self.storage = KVStorage(layout, num_blocks, block_size, dtype, device)
+        self.storage = KVStorage(layout, num_blocks, block_size, dtype, device, kv_dtype)
         self.manager = BlockManager(num_blocks, block_size, layout.windows, prefix_caching)
         self.manager.on_copy = self._copy_blocks
         self._model: weakref.ref[torch.nn.Module] | None = None
@@ -79,6 +80,7 @@ class BlockPool:
         memory: int | float | str | None = None,
         block_size: int = 16,
         dtype: torch.dtype | None = None,
+        kv_dtype: str | torch.dtype | None = None,
         prefix_caching: bool = True,
     ) -> "BlockPool":
         """A pool that fits the K and V of `model`, on the model's device.
@@ -89,7 +91,9 @@ class BlockPool:
             memory: Bytes for K and V: an int, a string such as "2GiB" or "500MB", or a float, the share of the memory
                 that is free now.
             block_size: Tokens per block, a power of two.
-            dtype: Of K and V; the model's by default.
+            dtype: In which K and V come back; the model's by default.
+            kv_dtype: In which they are stored: "int8" or "fp8_e4m3" take half the memory of 16 bits, at some loss of
+                precision (docs/quantized_kv.md); "auto", the default, is `dtype`.
             prefix_caching: Whether blocks of a prompt stay findable for later prompts that start alike.
 
         Raises:
@@ -102,11 +106,10 @@ class BlockPool:
                 f"{type(model).__name__} is no transformers model: pass a PreTrainedModel or a PeftModel around one."
             )
         check_block_size(block_size)
-        check_dtype(dtype)
+        dtype, kv_dtype = check_dtypes(dtype, kv_dtype, inner.dtype)
         spec = model_spec(inner.config)
         layout = plan_layout(spec.layers)
-        dtype = dtype or inner.dtype
-        block_nbytes = layout.entry_numel_per_token * block_size * dtype.itemsize
+        block_nbytes = layout.entry_bytes_per_token(*itemsizes(kv_dtype)) * block_size
         count = num_blocks_for(num_blocks, memory, block_nbytes, inner.device)
         pool = cls(
             spec,
@@ -115,6 +118,7 @@ class BlockPool:
             block_size=block_size,
             dtype=dtype,
             device=inner.device,
+            kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
         )
         pool.has_attention_interface = uses_attention_interface(inner, spec.config)
@@ -144,8 +148,13 @@ class BlockPool:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of K and V."""
+        """In which K and V come back, whatever they are stored in."""
         return self.storage.dtype
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """In which K and V are stored."""
+        return self.storage.kv_dtype
 
     @property
     def device(self) -> torch.device:
@@ -154,13 +163,13 @@ class BlockPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V that the pool holds."""
+        """Bytes of K and V that the pool holds, scales included."""
         return self.storage.nbytes
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return self.storage.layout.numel_per_token * self.dtype.itemsize
+        """Bytes of K and V of one token over all layers, scales included."""
+        return self.storage.layout.bytes_per_token(*itemsizes(self.kv_dtype))
 
     @property
     def num_tokens(self) -> int:
@@ -235,7 +244,7 @@ class BlockPool:
         """One line: blocks, tokens, GiB, bytes per token."""
         groups = len(self.storage.layout.windows)
         return (
-            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.nbytes / 2**30:.3f} GiB of {self.dtype} on "
+            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.nbytes / 2**30:.3f} GiB of {self.kv_dtype} on "
             f"{self.device}, {self.bytes_per_token} bytes per token, room for {self.num_tokens} tokens"
             + (f" ({groups} layer groups; windows return blocks)" if groups > 1 else "")
         )

@@ -12,10 +12,37 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
 
 
-def check_dtype(dtype: Any) -> None:
-    """Raises `InvalidRequestError` unless it is None or a floating point dtype."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InvalidRequestError(f"dtype is {dtype!r}; it has to be a floating point torch.dtype, or None.")
+KV_DTYPES = {"auto": None, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+"""Names for the dtype in which a pool stores K and V; None is the one in which they come back."""
+
+
+def check_dtypes(dtype: Any, kv_dtype: Any, default: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype in which K and V come back, and the one in which they are stored.
+
+    Args:
+        dtype: A floating point dtype; None for `default`. One of 8 bits says how K and V are stored, as `kv_dtype` does.
+        kv_dtype: A name or dtype of `KV_DTYPES`, None for "auto".
+        default: The model's.
+
+    Raises:
+        InvalidRequestError: One of the two is none of these, or they contradict each other.
+    """
+    if kv_dtype not in [None, *KV_DTYPES, *KV_DTYPES.values()]:
+        raise InvalidRequestError(f"kv_dtype is {kv_dtype!r}; it has to be one of {', '.join(map(repr, KV_DTYPES))}.")
+    stored = KV_DTYPES[kv_dtype] if isinstance(kv_dtype, str) else kv_dtype
+    if dtype is not None and dtype in KV_DTYPES.values():
+        if kv_dtype is not None and stored is not dtype:
+            raise InvalidRequestError(
+                f"dtype={dtype} and kv_dtype={kv_dtype!r} contradict each other; give one of them."
+            )
+        dtype, stored = None, dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise InvalidRequestError(
+            f"dtype is {dtype!r}; it has to be a floating point torch.dtype of 16 bits or more, torch.int8, "
+            "torch.float8_e4m3fn, or None."
+        )
+    dtype = dtype or default
+    return dtype, stored or dtype
 
 
 def check_block_size(block_size: Any) -> None:

@@ -18,7 +18,8 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
         largest magnitude of a vector is met exactly by int8's 127 or e4m3's 448; a vector of zeros has scale 0.
     """
     x = x.float()
-    scale = x.abs().amax(-1) / LARGEST[dtype]
+    largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    scale = largest / LARGEST[dtype]
     codes = x / scale.where(scale > 0, 1.0)[..., None]
     return (codes.round() if dtype is torch.int8 else codes).to(dtype), scale
 

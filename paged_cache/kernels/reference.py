@@ -156,7 +156,7 @@ def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], p
         pairs: int64 `[num_pairs, 2]`, source and destination block. No block is both; destinations are all different.
     """
     for source, destination in zip(sources, destinations, strict=True):
-        _bytes(destination)[pairs[:, 1]] = _bytes(source)[pairs[:, 0]]
+        _bytes(destination).index_copy_(0, pairs[:, 1], _bytes(source).index_select(0, pairs[:, 0]))
 
 
 def _gather(cache: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -70,6 +70,31 @@ class PoolLayout:
         """Elements per token of one block id, over all slabs, unused parts included."""
         return self.num_slabs * (self.key_numel + self.value_numel)
 
+    @property
+    def key_vectors(self) -> int:
+        """Keys (of one head each) that an entry has room for, per token: as many scales it needs where K has 8 bits."""
+        return max(((place.part + 1) * self.specs[i].key_heads for i, place in self.places.items()), default=0)
+
+    @property
+    def value_vectors(self) -> int:
+        """Likewise for values."""
+        return max(((place.part + 1) * self.specs[i].value_heads for i, place in self.places.items()), default=0)
+
+    def bytes_per_token(self, itemsize: int, scale_itemsize: int = 0) -> int:
+        """Bytes that one token takes in all layers, without unused parts of entries.
+
+        Args:
+            itemsize: Bytes of an element.
+            scale_itemsize: Bytes of the scale of each key and value; 0 if they have none.
+        """
+        vectors = sum(spec.key_heads + spec.value_heads for spec in self.specs.values())
+        return self.numel_per_token * itemsize + vectors * scale_itemsize
+
+    def entry_bytes_per_token(self, itemsize: int, scale_itemsize: int = 0) -> int:
+        """Bytes per token of one block id, over all slabs, unused parts included."""
+        scales = self.num_slabs * (self.key_vectors + self.value_vectors)
+        return self.entry_numel_per_token * itemsize + scales * scale_itemsize
+
     def with_spec(self, layer: int, spec: LayerSpec) -> "PoolLayout":
         """The same groups with one layer's shapes corrected; every layer then has an entry of its own."""
         specs = {**self.specs, layer: spec}

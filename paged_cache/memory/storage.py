@@ -1,16 +1,23 @@
 """The tensors behind the blocks.
 
-Layout: per slab one tensor for K and one for V, `[num_blocks, block_size * numel]`; a layer sees its part of each entry
-as `[num_blocks, block_size, heads, head_dim]`, tokens of a block next to each other (NHD). Blocks of one layer are
-contiguous, so that a run of blocks is a dense tensor, a gather is one `index_select` of whole tokens, and a layer's slab
-can live on the layer's device. Kernels take any strides: the layout is decided here and nowhere else.
+Layout: per slab one tensor for K and one for V with an entry per block; a layer sees its part of each entry as
+`[num_blocks, block_size, heads, head_dim]`. On the CPU the tokens of a block lie next to each other ("NHD"): a run of
+blocks is a dense tensor and a gather one `index_select` of whole tokens. On CUDA the heads do ("HND"): what a kernel reads
+of one head is contiguous. Either order works on either device; it is decided here and nowhere else, kernels take any
+strides. Slabs of 8 bits have float32 scales beside them, per block, head and token, so that the scales of one head are
+contiguous too.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels.quantized import LARGEST, dequantize, quantize
+from ..kernels.writes import copy_blocks, write_kv
 from .layout import LayerSpec, Place, PoolLayout
+
+ORDERS = {"cpu": "NHD"}
+"""Order of the dimensions in a block by device type; "HND" elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,16 @@ class LayerBlocks:
     Attributes:
         keys: `[num_blocks, block_size, key_heads, key_dim]`.
         values: `[num_blocks, block_size, value_heads, value_dim]`.
-        flat_keys, flat_values: The same memory as `[num_blocks * block_size, heads, dim]`, None where a layer shares
-            its entries with others and slots are not evenly spaced.
+        key_scales: float32 `[num_blocks, block_size, key_heads]`, the factor on each key of 8 bits; None for other dtypes.
+        value_scales: Likewise for values.
+        flat_keys, flat_values: The same memory as `[num_blocks * block_size, heads, dim]`, None where slots are not evenly
+            spaced: a layer that shares its entries with others, the order HND.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None
+    value_scales: torch.Tensor | None
     flat_keys: torch.Tensor | None
     flat_values: torch.Tensor | None
 
@@ -37,21 +48,29 @@ class KVStorage:
         layout: Which layer lies where.
         num_blocks: Blocks in the pool.
         block_size: Tokens per block.
-        dtype: Of K and V.
+        dtype: In which K and V come back.
         device: Of all slabs.
+        kv_dtype: In which they are stored, `dtype` by default; int8 or float8_e4m3fn have scales.
     """
 
     def __init__(
-        self, layout: PoolLayout, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layout: PoolLayout,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.dtype, self.device = dtype, device
+        self.kv_dtype = kv_dtype or dtype
         self._allocate(layout)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slabs."""
-        return sum(slab.nbytes for pair in self._slabs for slab in pair)
+        """Bytes of all slabs, scales included."""
+        return sum(slab.nbytes for slab in self._slabs)
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes tokens.
@@ -63,28 +82,32 @@ class KVStorage:
             values: `[num_tokens, value_heads, value_dim]`.
         """
         blocks = self.layers[layer]
-        self._write(blocks.keys, blocks.flat_keys, slots, keys)
-        self._write(blocks.values, blocks.flat_values, slots, values)
+        if blocks.flat_keys is not None and blocks.flat_values is not None and blocks.key_scales is None:
+            blocks.flat_keys.index_copy_(0, slots, keys.to(self.kv_dtype))
+            blocks.flat_values.index_copy_(0, slots, values.to(self.kv_dtype))
+        else:
+            scales = {"key_scales": blocks.key_scales, "value_scales": blocks.value_scales}
+            write_kv(keys, values, blocks.keys, blocks.values, slots, **scales)
 
     def gather(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads tokens: `slots` int64 `[num_tokens]` to `[num_tokens, heads, dim]` of K and of V."""
+        """Reads tokens: `slots` int64 `[num_tokens]` to `[num_tokens, heads, dim]` of K and of V, in `dtype`."""
         blocks = self.layers[layer]
-        return self._read(blocks.keys, blocks.flat_keys, slots), self._read(blocks.values, blocks.flat_values, slots)
+        keys = self._read(blocks.keys, blocks.flat_keys, blocks.key_scales, slots)
+        return keys, self._read(blocks.values, blocks.flat_values, blocks.value_scales, slots)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, `(source, destination)` each, all layers at once."""
-        if not pairs:
-            return
-        source, destination = torch.tensor(pairs, device=self.device).unbind(1)
-        for pair in self._slabs:
-            for slab in pair:
-                slab.index_copy_(0, destination, slab.index_select(0, source))
+        if pairs:
+            copy_blocks(self._slabs, self._slabs, torch.tensor(pairs, device=self.device))
 
     def fill_blocks(self, blocks: list[int], value: float) -> None:
         """Overwrites whole blocks, so that a read of a block that was given back shows."""
-        for pair in self._slabs:
-            for slab in pair:
-                slab[blocks] = value
+        number = torch.tensor([value])
+        codes, scale = (
+            quantize(number, self.kv_dtype) if self.kv_dtype in LARGEST else (number.to(self.kv_dtype), number)
+        )
+        for slab in self._slabs:
+            _bytes(slab)[blocks] = _bytes(codes if slab.dtype is self.kv_dtype else scale).to(self.device)
 
     def relayout(self, layout: PoolLayout) -> None:
         """Moves to another layout of the same layers, with the content of those whose shapes stay."""
@@ -92,41 +115,62 @@ class KVStorage:
         self._allocate(layout)
         for layer, blocks in self.layers.items():
             if old[layer].keys.shape == blocks.keys.shape and old[layer].values.shape == blocks.values.shape:
-                blocks.keys.copy_(old[layer].keys)
-                blocks.values.copy_(old[layer].values)
+                for name in ("keys", "values", "key_scales", "value_scales"):
+                    if (moved := getattr(blocks, name)) is not None:
+                        moved.copy_(getattr(old[layer], name))
 
     def _allocate(self, layout: PoolLayout) -> None:
-        slabs = [(self._slab(layout.key_numel), self._slab(layout.value_numel)) for _ in range(layout.num_slabs)]
-        self.layout, self._slabs = layout, slabs
-        self.layers = {layer: self._layer(layout.specs[layer], place) for layer, place in layout.places.items()}
+        numels = [layout.key_numel, layout.value_numel]
+        pairs = [[self._slab(n, self.kv_dtype) for n in numels] for _ in range(layout.num_slabs)]
+        vectors = [layout.key_vectors, layout.value_vectors] if self.kv_dtype in LARGEST else []
+        scales = [[self._slab(n, torch.float32) for n in vectors] for _ in range(layout.num_slabs)]
+        self.layout, self._slabs = layout, [slab for pair in [*pairs, *scales] for slab in pair]
+        self.layers = {
+            layer: self._layer(layout.specs[layer], place, pairs[place.slab], scales[place.slab])
+            for layer, place in layout.places.items()
+        }
 
-    def _slab(self, numel: int) -> torch.Tensor:
+    def _slab(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made in inference mode also serves `generate`, which is not
-            return torch.empty(self.num_blocks, self.block_size * numel, dtype=self.dtype, device=self.device)
+            return torch.empty(self.num_blocks, self.block_size * numel, dtype=dtype, device=self.device)
 
-    def _layer(self, spec: LayerSpec, place: Place) -> LayerBlocks:
-        key_slab, value_slab = self._slabs[place.slab]
-        keys = self._part(key_slab, place.part, spec.key_heads, spec.key_dim)
-        values = self._part(value_slab, place.part, spec.value_heads, spec.value_dim)
-        return LayerBlocks(keys, values, _flat(keys), _flat(values))
+    def _layer(
+        self, spec: LayerSpec, place: Place, slabs: list[torch.Tensor], scales: list[torch.Tensor]
+    ) -> LayerBlocks:
+        order, heads = ORDERS.get(self.device.type, "HND"), (spec.key_heads, spec.value_heads)
+        keys, values = (
+            self._part(slab, place.part, num, dim, order)
+            for slab, num, dim in zip(slabs, heads, (spec.key_dim, spec.value_dim), strict=True)
+        )
+        factors = [
+            self._part(slab, place.part, num, 1, "HND")[..., 0] for slab, num in zip(scales, heads, strict=False)
+        ]
+        return LayerBlocks(keys, values, *(factors or (None, None)), _flat(keys), _flat(values))
 
-    def _part(self, slab: torch.Tensor, part: int, heads: int, dim: int) -> torch.Tensor:
+    def _part(self, slab: torch.Tensor, part: int, heads: int, dim: int, order: str) -> torch.Tensor:
         numel = self.block_size * heads * dim
         entry = slab[:, part * numel : (part + 1) * numel]
-        return entry.view(self.num_blocks, self.block_size, heads, dim)
+        if order == "NHD":
+            return entry.view(self.num_blocks, self.block_size, heads, dim)
+        return entry.view(self.num_blocks, heads, self.block_size, dim).transpose(1, 2)
 
-    def _write(self, blocks: torch.Tensor, flat: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor) -> None:
-        if new.dtype != self.dtype:
-            new = new.to(self.dtype)
-        if flat is not None:
-            flat.index_copy_(0, slots, new)
-        else:
-            blocks[slots // self.block_size, slots % self.block_size] = new
+    def _read(
+        self, blocks: torch.Tensor, flat: torch.Tensor | None, scales: torch.Tensor | None, slots: torch.Tensor
+    ) -> torch.Tensor:
+        places = (slots // self.block_size, slots % self.block_size) if flat is None or scales is not None else ()
+        found = _bytes(flat).index_select(0, slots) if flat is not None else _bytes(blocks)[places].contiguous()
+        found = found.view(self.kv_dtype)
+        return found.to(self.dtype) if scales is None else dequantize(found, scales[places]).to(self.dtype)
 
-    def _read(self, blocks: torch.Tensor, flat: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
-        if flat is not None:
-            return flat.index_select(0, slots)
-        return blocks[slots // self.block_size, slots % self.block_size]
+
+def itemsizes(kv_dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of an element of K and V, and of the scale of each key and value (0 where there are none)."""
+    return kv_dtype.itemsize, torch.float32.itemsize if kv_dtype in LARGEST else 0
+
+
+def _bytes(slab: torch.Tensor) -> torch.Tensor:
+    """Indexing is not there for float8: the same memory as a dtype that has it."""
+    return slab.view(torch.uint8) if slab.dtype is torch.float8_e4m3fn else slab
 
 
 def _flat(blocks: torch.Tensor) -> torch.Tensor | None:

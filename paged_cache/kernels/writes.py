@@ -1,0 +1,48 @@
+"""Chooses how K and V enter the blocks, and how blocks are copied."""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import reference
+
+WRITERS = {"triton": "triton.cache", "cpu": "cpu_write"}
+"""Names for `PAGED_CACHE_KERNEL` and the modules behind them; all else is the torch reference."""
+
+
+def write_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """Writes new K and V into their slots, by the fastest kernel that takes the call; see `reference.write_kv`."""
+    kernel = _writer(os.environ.get("PAGED_CACHE_KERNEL") or _default(key_cache.device.type))
+    if kernel is not reference and kernel.supports(keys, values, key_cache, value_cache) is not None:
+        kernel = reference
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    kernel.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
+
+
+def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], pairs: torch.Tensor) -> None:
+    """Copies whole blocks in all layers at once; see `reference.copy_blocks`."""
+    reference.copy_blocks(sources, destinations, pairs)
+
+
+def _default(device_type: str) -> str:
+    return {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+
+
+@cache
+def _writer(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f".{WRITERS[name]}", __package__)
+    except (ImportError, KeyError):
+        return reference

@@ -24,24 +24,26 @@ def write_kv(
     value_scales: torch.Tensor | None = None,
 ) -> None:
     """Writes new K and V into their slots, by the fastest kernel that takes the call; see `reference.write_kv`."""
-    kernel = _writer(os.environ.get("PAGED_CACHE_KERNEL") or _default(key_cache.device.type))
-    if kernel is not reference and kernel.supports(keys, values, key_cache, value_cache) is not None:
-        kernel = reference
+    kernel = _writer_for(keys, values, key_cache, value_cache)
     scales = {"key_scales": key_scales, "value_scales": value_scales}
     kernel.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
 
 
 def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], pairs: torch.Tensor) -> None:
-    """Copies whole blocks in all layers at once; see `reference.copy_blocks`."""
-    reference.copy_blocks(sources, destinations, pairs)
+    """Copies whole blocks in all layers at once, by the fastest kernel; see `reference.copy_blocks`."""
+    if sources:
+        _writer_for(*destinations).copy_blocks(sources, destinations, pairs)
 
 
-def _default(device_type: str) -> str:
-    return {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+def _writer_for(*tensors: torch.Tensor) -> ModuleType:
+    """The module that takes these tensors."""
+    default = {"cuda": "triton", "cpu": "cpu"}.get(tensors[-1].device.type, "reference")
+    kernel = _module(os.environ.get("PAGED_CACHE_KERNEL") or default)
+    return kernel if kernel is reference or kernel.supports(*tensors) is None else reference
 
 
 @cache
-def _writer(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(f".{WRITERS[name]}", __package__)
     except (ImportError, KeyError):

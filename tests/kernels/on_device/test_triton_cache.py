@@ -1,0 +1,220 @@
+"""The Triton kernels that write and copy blocks, against the reference, bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from paged_cache.errors import InvalidRequestError
+from paged_cache.kernels import reference, writes
+from paged_cache.kernels.triton import cache
+
+DEVICE = "cpu" if cache.INTERPRETED else "cuda"
+pytestmark = [] if cache.INTERPRETED else [pytest.mark.gpu]
+
+UNTOUCHED = 7.0
+NUM_BLOCKS = 7
+VIEWS = {  # shape in memory of [blocks, slots, heads, dim], and how to get from it to that
+    "NHD": (lambda n, s, h, d: (n, s, h, d), lambda x: x),
+    "HND": (lambda n, s, h, d: (n, h, s, d), lambda x: x.transpose(1, 2)),
+    "packed": (lambda n, s, h, d: (n, 2, h, s, d), lambda x: x[:, 1].transpose(1, 2)),
+    "head_major": (lambda n, s, h, d: (h, n, s, d), lambda x: x.permute(1, 2, 0, 3)),
+    "odd": (lambda n, s, h, d: (n, s, h, d + 1), lambda x: x[..., 1:]),
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a write fills: caches and scales."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+    def write(self, kernel: Callable[..., None], keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """By the kernel under test, or by the reference."""
+        names = ("key_scales", "value_scales")
+        kernel(keys, values, *self.tensors[:2], slots, **dict(zip(names, self.tensors[2:], strict=False)))
+
+
+def pool(kv_dtype: torch.dtype, layout: str, block_size: int, heads: tuple[int, int], dims: tuple[int, int]) -> Pool:
+    """A pool that holds `UNTOUCHED` everywhere."""
+    shape, view = VIEWS[layout]
+    tensors = [
+        view(torch.full(shape(NUM_BLOCKS, block_size, h, d), UNTOUCHED, device=DEVICE).to(kv_dtype))
+        for h, d in zip(heads, dims, strict=True)
+    ]
+    if kv_dtype.itemsize == 1:
+        tensors += [torch.full((NUM_BLOCKS, h, block_size), UNTOUCHED, device=DEVICE).transpose(1, 2) for h in heads]
+    return Pool(tuple(tensors))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """What is compared: NaN included."""
+    return x.flatten().contiguous().view(torch.uint8)
+
+
+def assert_same(ours: Pool, expected: Pool) -> None:
+    """Every bit of both pools."""
+    for mine, theirs in zip(ours.tensors, expected.tensors, strict=True):
+        assert torch.equal(bits(mine), bits(theirs))
+
+
+KV_DTYPES = [torch.float32, torch.int8, torch.float8_e4m3fn]
+NEW_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("new_dtype", NEW_DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "block_size", "heads", "dims"),
+    [
+        ("NHD", 16, (2, 2), (64, 64)),
+        ("HND", 16, (2, 2), (80, 48)),
+        ("packed", 4, (1, 1), (16, 24)),
+        ("head_major", 12, (3, 3), (33, 33)),
+        ("odd", 8, (2, 2), (20, 20)),
+        ("HND", 8, (3, 1), (5, 0)),
+    ],
+    ids=str,
+)
+def test_writes_what_the_reference_writes(
+    layout: str,
+    block_size: int,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    kv_dtype: torch.dtype,
+    new_dtype: torch.dtype,
+) -> None:
+    """All layouts, dtypes, heads of different numbers, tokens without a slot; nothing else is touched."""
+    num_tokens = 20
+    keys, values = (
+        (torch.randn(num_tokens, d, h, device=DEVICE) * 3).to(new_dtype).transpose(1, 2)
+        for h, d in zip(heads, dims, strict=True)
+    )
+    keys[3] = 0
+    keys[4, 0, 2] = float("nan")
+    keys[5] *= 1e-3
+    slots = torch.randperm(NUM_BLOCKS * block_size, device=DEVICE)[:num_tokens]
+    slots[[2, 9]] = -1
+    ours, expected = (pool(kv_dtype, layout, block_size, heads, dims) for _ in range(2))
+    ours.write(cache.write_kv, keys, values, slots)
+    expected.write(reference.write_kv, keys, values, slots)
+    assert_same(ours, expected)
+    assert not torch.equal(bits(ours.tensors[0]), bits(pool(kv_dtype, layout, block_size, heads, dims).tensors[0]))
+
+
+@pytest.mark.parametrize(("new_dtype", "kv_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
+def test_16_bits(new_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    """The dtypes that models have are stored as they are or converted."""
+    keys, values = (torch.randn(5, 2, 64, device=DEVICE).to(new_dtype) for _ in range(2))
+    slots = torch.randperm(20, device=DEVICE)[:5]
+    ours, expected = (pool(kv_dtype, "HND", 4, (2, 2), (64, 64)) for _ in range(2))
+    ours.write(cache.write_kv, keys, values, slots)
+    expected.write(reference.write_kv, keys, values, slots)
+    assert_same(ours, expected)
+
+
+def test_no_tokens() -> None:
+    """A forward of nothing but padding writes nothing."""
+    nothing = torch.empty(0, 2, 64, device=DEVICE)
+    ours, expected = (pool(torch.int8, "HND", 4, (2, 2), (64, 64)) for _ in range(2))
+    ours.write(cache.write_kv, nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    ours.write(
+        cache.write_kv, nothing.new_ones(1, 2, 64), nothing.new_ones(1, 2, 64), torch.tensor([-1], device=DEVICE)
+    )
+    assert_same(ours, expected)
+
+
+@triton.jit
+def _encode_all(x_ptr, codes_ptr, COUNT: tl.constexpr):
+    i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    tl.store(codes_ptr + i, cache._to_e4m3(tl.load(x_ptr + i).to(tl.float32)))
+
+
+def test_every_bfloat16_becomes_the_right_e4m3() -> None:
+    """All 65,536 of them: as torch rounds them up to 448, saturated beyond, NaN as NaN."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    codes = torch.empty(2**16, dtype=torch.uint8, device=DEVICE)
+    _encode_all[(16,)](x.to(DEVICE), codes, COUNT=4096)
+    expected = x.float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = codes.cpu().view(torch.float8_e4m3fn)
+    assert torch.equal(bits(codes)[~x.isnan()], bits(expected)[~x.isnan()])
+    assert codes.float()[x.isnan()].isnan().all()
+
+
+def slabs(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Random tensors."""
+    return [torch.randn(*shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+def test_copies_what_the_reference_copies() -> None:
+    """Slabs of several sizes, dtypes and alignments, in one pool and between two, blocks longer than a program."""
+    shapes = [(6, 3000), (6, 3000), (6, 16, 2, 8), (6, 7), (6, 0), (6, 3)]
+    for source in (
+        slabs(shapes),
+        [x.transpose(1, 2) for x in slabs([(6, 4, 16, 8)])],
+        [torch.randint(0, 255, (6, n), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn) for n in (9, 64)],
+        [slabs([(6, 70)])[0][:, 3:43], slabs([(12, 64)])[0][::2]],
+        slabs([(6, 5), (6, 4)], torch.bfloat16),
+    ):
+        pairs = torch.tensor([[0, 3], [2, 1], [0, 5]], device=DEVICE)
+        ours, expected = ([x.clone(memory_format=torch.preserve_format) for x in source] for _ in range(2))
+        cache.copy_blocks(ours, ours, pairs)
+        reference.copy_blocks(expected, expected, pairs)
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert torch.equal(bits(mine), bits(theirs))
+        cache.copy_blocks(source, ours, pairs.T.contiguous().T)
+        reference.copy_blocks(source, expected, pairs)
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert torch.equal(bits(mine), bits(theirs))
+        cache.copy_blocks(ours, ours, pairs[:0])
+
+
+def test_one_launch_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of one size are copied together."""
+    launches = []
+    copier = cache._copier
+    monkeypatch.setattr(cache, "_copier", lambda *key: launches.append(key) or copier(*key))
+    layers = slabs([(6, 64)] * 8 + [(6, 32)] * 8)
+    cache.copy_blocks(layers, layers, torch.tensor([[1, 2]], device=DEVICE))
+    assert len(launches) == 2
+    assert all(torch.equal(layer[1], layer[2]) for layer in layers)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="swapping is between a GPU and its host")
+def test_swaps_with_pinned_memory() -> None:
+    """Blocks go to pinned host memory and come back."""
+    on_device = slabs([(6, 64)] * 3)
+    before = [x.clone() for x in on_device]
+    on_host = [torch.zeros(4, 64, pin_memory=True) for _ in on_device]
+    cache.copy_blocks(on_device, on_host, torch.tensor([[5, 0], [2, 3]], device=DEVICE))
+    for x in on_device:
+        x.zero_()
+    cache.copy_blocks(on_host, on_device, torch.tensor([[0, 5], [3, 2]], device=DEVICE))
+    for x, y in zip(on_device, before, strict=True):
+        assert torch.equal(x[[2, 5]], y[[2, 5]])
+        assert not x[[0, 1, 3, 4]].any()
+
+
+def test_blocks_with_gaps_are_refused() -> None:
+    """What cannot be copied as it lies is not copied at all."""
+    gaps, plain = slabs([(6, 4, 8)])[0][:, :, :5], slabs([(6, 4, 5)])[0]
+    for pair in ((gaps, gaps), (plain, slabs([(6, 5, 4)])[0]), (plain, plain.half())):
+        with pytest.raises(InvalidRequestError, match="cannot be copied"):
+            cache.copy_blocks(*([x] for x in pair), torch.tensor([[0, 1]], device=DEVICE))
+
+
+def test_the_dispatcher_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes and copies of a pool on this device run here."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("PAGED_CACHE_KERNEL", "triton")
+    calls = []
+    monkeypatch.setattr(cache, "write_kv", lambda *_, **__: calls.append("write"))
+    monkeypatch.setattr(cache, "copy_blocks", lambda *_: calls.append("copy"))
+    new = torch.zeros(1, 2, 64, device=DEVICE)
+    slots = torch.tensor([0], device=DEVICE)
+    pool(torch.float32, "NHD", 4, (2, 2), (64, 64)).write(writes.write_kv, new, new, slots)
+    writes.copy_blocks([new], [new], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
+    assert calls == ["write", "copy"]

@@ -15,13 +15,20 @@ from .step import PagedView
 
 AttentionResult = tuple[torch.Tensor, torch.Tensor | None]
 
-_UNDERSTOOD = {"softcap", "s_aux", "sliding_window"}
-_WITHOUT_EFFECT = {
-    "attention_mask", "cache_position", "is_causal", "labels", "logits_to_keep", "num_items_in_batch",
-    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
-    "position_ids", "return_dict", "token_type_ids", "use_cache",
+UNDERSTOOD = {
+    "dropout", "is_causal", "output_attentions", "position_bias", "s_aux", "scaling", "sliding_window", "softcap",
 }  # fmt: skip
-"""Arguments that models pass on and that change nothing for causal attention over a cache."""
+"""Arguments of the attention function that kernels compute, or that are looked at here."""
+WITHOUT_EFFECT = {
+    "attention_mask", "cache_position", "labels", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "past_key_values", "position_embeddings", "position_ids", "return_dict", "token_type_ids",
+    "use_cache",
+}  # fmt: skip
+"""Arguments that models pass on and that change nothing for causal attention over a cache.
+
+All others lead to the model's own attention unless they are None, as do transformers' `indices` and `block_indices` (sparse
+attention), `sinks` (one per query), `cu_seq_lens_*` and `max_length_*` (packed images).
+"""
 
 
 def paged_attention_forward(
@@ -49,7 +56,7 @@ def paged_attention_forward(
     """
     reason = why_prior(prior, kwargs) or why_dense(query, key, value, attention_mask, args, kwargs)
     if reason is None:
-        return _on_blocks(module, query, key.source.view, attention_mask, kwargs), None  # type: ignore[attr-defined]
+        return _on_blocks(query, key.source.view, attention_mask, kwargs), None  # type: ignore[attr-defined]
     if isinstance(key, PagedTensor):
         logger.debug("%s: dense attention: %s", type(module).__name__, reason)
     key, value = (x.dense() if isinstance(x, PagedTensor) else x for x in (key, value))
@@ -82,17 +89,17 @@ def why_dense(
         return "the padding mask hides more than left padding"
     if view.step.needs_weights or kwargs.get("output_attentions"):
         return "attention probabilities are asked for"
-    if args or kwargs.get("dropout", 0.0):
+    if args or kwargs.get("dropout"):
         return "dropout or positional arguments"
-    unknown = [name for name, x in kwargs.items() if x is not None and x is not False and name not in _KNOWN]
+    unknown = [name for name, x in kwargs.items() if x is not None and name not in _KNOWN]
     if unknown:
         return f"arguments {unknown} are not understood"
     if not isinstance(mask, LazyMask):
         return "the mask is not plainly causal"
-    return _why_pattern_differs(view, mask, kwargs)
+    return _why_pattern_differs(view, mask, kwargs) or _why_per_head_differs(view, query, kwargs)
 
 
-_KNOWN = _UNDERSTOOD | _WITHOUT_EFFECT | {"scaling", "dropout"}
+_KNOWN = UNDERSTOOD | WITHOUT_EFFECT
 
 
 def _why_pattern_differs(view: PagedView, mask: LazyMask, kwargs: dict[str, Any]) -> str | None:
@@ -100,6 +107,8 @@ def _why_pattern_differs(view: PagedView, mask: LazyMask, kwargs: dict[str, Any]
     pattern, group = mask.source.pattern, view.group  # type: ignore[attr-defined]
     if mask.shape[-1] != group.kv_length:
         return "the mask was made for another layer's length"
+    if kwargs.get("is_causal") is False and view.step.q_len > 1:
+        return "attention is causal by its mask only"
     if kwargs.get("sliding_window") is not None and pattern.window is None and pattern.chunk is None:
         return "sliding_window without a sliding mask"
     if group.window is not None and view.step.q_len > 1 and pattern.window != group.window and pattern.chunk is None:
@@ -107,12 +116,26 @@ def _why_pattern_differs(view: PagedView, mask: LazyMask, kwargs: dict[str, Any]
     return None
 
 
-def _on_blocks(
-    module: torch.nn.Module, query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _why_per_head_differs(view: PagedView, query: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+    """Kernels take one sink per head, and a bias whose columns are stored tokens, all of them and from the first on."""
+    (batch, num_heads, q_len, _), sinks, bias = query.shape, kwargs.get("s_aux"), kwargs.get("position_bias")
+    if sinks is not None and sinks.shape != (num_heads,):
+        return "there is more than one sink per head"
+    if bias is None:
+        return None
+    if view.group.kv_offset or any(view.step.pads):
+        return "columns of position_bias are not tokens"
+    shape = num_heads, q_len, view.group.kv_length
+    if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != shape:
+        return f"position_bias is {tuple(bias.shape)}"
+    return None
+
+
+def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     pattern, group = mask.source.pattern, view.group
     blocks = view.step.storage.layers[view.layer]
-    scale = kwargs.get("scaling")
+    scale, softcap, bias = (kwargs.get(name) for name in ("scaling", "softcap", "position_bias"))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = pattern.window
     if group.window is not None and pattern.chunk is None:
         window = group.window if window is None else min(window, group.window)
@@ -122,13 +145,15 @@ def _on_blocks(
         blocks.values,
         group.block_table,
         view.step.seq_lens,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         window=window,
         chunk=pattern.chunk,
-        softcap=kwargs.get("softcap"),
+        softcap=softcap,
         sinks=kwargs.get("s_aux"),
+        position_bias=bias.contiguous() if bias is not None and bias.stride(3) != 1 else bias,
         key_scales=blocks.key_scales,
         value_scales=blocks.value_scales,
+        memo=group.memos[scale, window, pattern.chunk, softcap],
     )
 
 

@@ -32,6 +32,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def decoder_config(model: Any) -> PreTrainedConfig:
+    """The config that the layers of the generating decoder ask: in some encoder-decoders (T5) a copy of the model's."""
+    config = getattr(model.get_decoder(), "config", None) if model.config.is_encoder_decoder else None
+    return config if isinstance(config, PreTrainedConfig) else text_config(model.config)
+
+
 def layer_configs(config: PreTrainedConfig, num_layers: int) -> list[PreTrainedConfig]:
     """One config per layer; they differ in heterogeneous models (transformers >= 5.20)."""
     per_layer = list(getattr(config, "per_layer_config", None) or [])

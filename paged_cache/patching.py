@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import paged_attention_forward
-from .compat import base_model, logger, text_config, uses_attention_interface
+from .compat import base_model, decoder_config, logger, uses_attention_interface
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
@@ -82,7 +82,7 @@ class _Patch:
     """Two hooks, a guard around `forward`, and another implementation name if attention goes through the interface."""
 
     def __init__(self, model: Any, copied_from: "_Before | None" = None) -> None:
-        decoder = text_config(model.config)
+        decoder = decoder_config(model)
         prior = copied_from.prior if copied_from else decoder._attn_implementation
         lazy = model_spec(model.config).has_plain_attention and uses_attention_interface(model, decoder)
         self._unregister = weakref.finalize(model, _unregister, _register(decoder, prior)) if lazy else None

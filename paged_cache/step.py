@@ -1,7 +1,10 @@
 """What one forward writes and reads, as tensors: made once per layer group and used by all its layers."""
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -50,6 +53,7 @@ class GroupStep:
         window: The group's window, None for all.
         slots: int64 `[num_written]`, where the new tokens go.
         written: int64 `[num_written]`, which of the `batch * q_len` new tokens these are; None for all in order.
+        memos: What kernels remember from layer to layer, by the options of their calls.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class GroupStep:
         self.group, self.step, self.window = group, step, window
         self.kv_offset = 0 if window is None else max(step.start - window + 1, 0)
         self.kv_length = step.start + step.q_len - self.kv_offset
+        self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
         self._table = table
         flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]
         device = step.storage.device

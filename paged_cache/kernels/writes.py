@@ -1,12 +1,13 @@
 """Chooses how K and V enter the blocks, and how blocks are copied."""
 
+import functools
 import importlib
 import os
-from functools import cache
 from types import ModuleType
 
 import torch
 
+from ..errors import InvalidRequestError
 from . import reference
 
 WRITERS = {"triton": "triton.cache", "cpu": "cpu_write"}
@@ -23,7 +24,16 @@ def write_kv(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> None:
-    """Writes new K and V into their slots, by the fastest kernel that takes the call; see `reference.write_kv`."""
+    """Writes new K and V into their slots, by the fastest kernel that takes the call; see `reference.write_kv`.
+
+    Raises:
+        InvalidRequestError: New tensors do not fit the caches or the slots.
+    """
+    for new, cache in ((keys, key_cache), (values, value_cache)):
+        if new.shape != (slot_mapping.shape[0], *cache.shape[2:]):
+            raise InvalidRequestError(
+                f"{tuple(new.shape)} do not fit {slot_mapping.shape[0]} slots of a cache {tuple(cache.shape)}"
+            )
     kernel = _writer_for(keys, values, key_cache, value_cache)
     scales = {"key_scales": key_scales, "value_scales": value_scales}
     kernel.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
@@ -42,7 +52,7 @@ def _writer_for(*tensors: torch.Tensor) -> ModuleType:
     return kernel if kernel is reference or kernel.supports(*tensors) is None else reference
 
 
-@cache
+@functools.cache
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(f".{WRITERS[name]}", __package__)

@@ -1,8 +1,5 @@
 """The Triton kernels that write and copy blocks, against the reference, bit for bit."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
 import triton
@@ -11,98 +8,18 @@ import triton.language as tl
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels import reference, writes
 from paged_cache.kernels.triton import cache
+from tests.kernels.write_cases import KV_DTYPES, NEW_DTYPES, SHAPES, assert_same, bits, check, pool
 
 DEVICE = "cpu" if cache.INTERPRETED else "cuda"
 pytestmark = [] if cache.INTERPRETED else [pytest.mark.gpu]
 
-UNTOUCHED = 7.0
-NUM_BLOCKS = 7
-VIEWS = {  # shape in memory of [blocks, slots, heads, dim], and how to get from it to that
-    "NHD": (lambda n, s, h, d: (n, s, h, d), lambda x: x),
-    "HND": (lambda n, s, h, d: (n, h, s, d), lambda x: x.transpose(1, 2)),
-    "packed": (lambda n, s, h, d: (n, 2, h, s, d), lambda x: x[:, 1].transpose(1, 2)),
-    "head_major": (lambda n, s, h, d: (h, n, s, d), lambda x: x.permute(1, 2, 0, 3)),
-    "odd": (lambda n, s, h, d: (n, s, h, d + 1), lambda x: x[..., 1:]),
-}
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What a write fills: caches and scales."""
-
-    tensors: tuple[torch.Tensor, ...]
-
-    def write(self, kernel: Callable[..., None], keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """By the kernel under test, or by the reference."""
-        names = ("key_scales", "value_scales")
-        kernel(keys, values, *self.tensors[:2], slots, **dict(zip(names, self.tensors[2:], strict=False)))
-
-
-def pool(kv_dtype: torch.dtype, layout: str, block_size: int, heads: tuple[int, int], dims: tuple[int, int]) -> Pool:
-    """A pool that holds `UNTOUCHED` everywhere."""
-    shape, view = VIEWS[layout]
-    tensors = [
-        view(torch.full(shape(NUM_BLOCKS, block_size, h, d), UNTOUCHED, device=DEVICE).to(kv_dtype))
-        for h, d in zip(heads, dims, strict=True)
-    ]
-    if kv_dtype.itemsize == 1:
-        tensors += [torch.full((NUM_BLOCKS, h, block_size), UNTOUCHED, device=DEVICE).transpose(1, 2) for h in heads]
-    return Pool(tuple(tensors))
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """What is compared: NaN included."""
-    return x.flatten().contiguous().view(torch.uint8)
-
-
-def assert_same(ours: Pool, expected: Pool) -> None:
-    """Every bit of both pools."""
-    for mine, theirs in zip(ours.tensors, expected.tensors, strict=True):
-        assert torch.equal(bits(mine), bits(theirs))
-
-
-KV_DTYPES = [torch.float32, torch.int8, torch.float8_e4m3fn]
-NEW_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 @pytest.mark.parametrize("new_dtype", NEW_DTYPES, ids=str)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("layout", "block_size", "heads", "dims"),
-    [
-        ("NHD", 16, (2, 2), (64, 64)),
-        ("HND", 16, (2, 2), (80, 48)),
-        ("packed", 4, (1, 1), (16, 24)),
-        ("head_major", 12, (3, 3), (33, 33)),
-        ("odd", 8, (2, 2), (20, 20)),
-        ("HND", 8, (3, 1), (5, 0)),
-    ],
-    ids=str,
-)
-def test_writes_what_the_reference_writes(
-    layout: str,
-    block_size: int,
-    heads: tuple[int, int],
-    dims: tuple[int, int],
-    kv_dtype: torch.dtype,
-    new_dtype: torch.dtype,
-) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_writes_what_the_reference_writes(shape: tuple, kv_dtype: torch.dtype, new_dtype: torch.dtype) -> None:
     """All layouts, dtypes, heads of different numbers, tokens without a slot; nothing else is touched."""
-    num_tokens = 20
-    keys, values = (
-        (torch.randn(num_tokens, d, h, device=DEVICE) * 3).to(new_dtype).transpose(1, 2)
-        for h, d in zip(heads, dims, strict=True)
-    )
-    keys[3] = 0
-    keys[4, 0, 2] = float("nan")
-    keys[5] *= 1e-3
-    slots = torch.randperm(NUM_BLOCKS * block_size, device=DEVICE)[:num_tokens]
-    slots[[2, 9]] = -1
-    ours, expected = (pool(kv_dtype, layout, block_size, heads, dims) for _ in range(2))
-    ours.write(cache.write_kv, keys, values, slots)
-    expected.write(reference.write_kv, keys, values, slots)
-    assert_same(ours, expected)
-    assert not torch.equal(bits(ours.tensors[0]), bits(pool(kv_dtype, layout, block_size, heads, dims).tensors[0]))
+    check(cache.write_kv, shape, kv_dtype, new_dtype, DEVICE)
 
 
 @pytest.mark.parametrize(("new_dtype", "kv_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)])
@@ -110,7 +27,7 @@ def test_16_bits(new_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """The dtypes that models have are stored as they are or converted."""
     keys, values = (torch.randn(5, 2, 64, device=DEVICE).to(new_dtype) for _ in range(2))
     slots = torch.randperm(20, device=DEVICE)[:5]
-    ours, expected = (pool(kv_dtype, "HND", 4, (2, 2), (64, 64)) for _ in range(2))
+    ours, expected = (pool(kv_dtype, "HND", 4, (2, 2), (64, 64), DEVICE) for _ in range(2))
     ours.write(cache.write_kv, keys, values, slots)
     expected.write(reference.write_kv, keys, values, slots)
     assert_same(ours, expected)
@@ -119,7 +36,7 @@ def test_16_bits(new_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
 def test_no_tokens() -> None:
     """A forward of nothing but padding writes nothing."""
     nothing = torch.empty(0, 2, 64, device=DEVICE)
-    ours, expected = (pool(torch.int8, "HND", 4, (2, 2), (64, 64)) for _ in range(2))
+    ours, expected = (pool(torch.int8, "HND", 4, (2, 2), (64, 64), DEVICE) for _ in range(2))
     ours.write(cache.write_kv, nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
     ours.write(
         cache.write_kv, nothing.new_ones(1, 2, 64), nothing.new_ones(1, 2, 64), torch.tensor([-1], device=DEVICE)
@@ -215,6 +132,6 @@ def test_the_dispatcher_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "copy_blocks", lambda *_: calls.append("copy"))
     new = torch.zeros(1, 2, 64, device=DEVICE)
     slots = torch.tensor([0], device=DEVICE)
-    pool(torch.float32, "NHD", 4, (2, 2), (64, 64)).write(writes.write_kv, new, new, slots)
+    pool(torch.float32, "NHD", 4, (2, 2), (64, 64), DEVICE).write(writes.write_kv, new, new, slots)
     writes.copy_blocks([new], [new], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
     assert calls == ["write", "copy"]

@@ -1,10 +1,15 @@
-"""What is written at a slot is read there, in every layer, and blocks are copied whole."""
+"""What is written at a slot is read there, in every layer, and blocks are copied whole.
+
+All of it in either order of a block's dimensions, stored as it is or in 8 bits.
+"""
 
 import pytest
 import torch
 
+from paged_cache.kernels.quantized import LARGEST, dequantize, quantize
+from paged_cache.memory import storage as storage_module
 from paged_cache.memory.layout import LayerSpec, PoolLayout, plan_layout
-from paged_cache.memory.storage import KVStorage
+from paged_cache.memory.storage import KVStorage, itemsizes
 
 NUM_BLOCKS, BLOCK_SIZE = 6, 4
 NUM_SLOTS = NUM_BLOCKS * BLOCK_SIZE
@@ -19,7 +24,22 @@ MODELS = {
     "latents": [LATENT] * 2,
     "mixed": [PLAIN, SMALL, LATENT, WIDE, SMALL],
 }
+STORED = [
+    pytest.param(("NHD", torch.float32), id="NHD"),
+    pytest.param(("HND", torch.float32), id="HND"),
+    pytest.param(("NHD", torch.int8), id="NHD int8"),
+    pytest.param(("HND", torch.float8_e4m3fn), id="HND e4m3"),
+]
+OPTIONS = {"kv_dtype": None}  # of all storages; the fixture sets them
 every_model = pytest.mark.parametrize("specs", MODELS.values(), ids=MODELS.keys())
+
+
+@pytest.fixture(autouse=True, params=STORED)
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the storages of a test hold K and V."""
+    order, kv_dtype = request.param
+    monkeypatch.setitem(storage_module.ORDERS, "cpu", order)
+    monkeypatch.setitem(OPTIONS, "kv_dtype", kv_dtype)
 
 
 def layout_of(specs: list[LayerSpec]) -> PoolLayout:
@@ -29,7 +49,7 @@ def layout_of(specs: list[LayerSpec]) -> PoolLayout:
 
 def storage_of(specs: list[LayerSpec]) -> KVStorage:
     """NaN in every slot, so that what nobody wrote shows."""
-    storage = KVStorage(layout_of(specs), NUM_BLOCKS, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    storage = KVStorage(layout_of(specs), NUM_BLOCKS, BLOCK_SIZE, torch.float32, torch.device("cpu"), **OPTIONS)
     storage.fill_blocks(list(range(NUM_BLOCKS)), float("nan"))
     return storage
 
@@ -59,8 +79,13 @@ def assert_holds(storage: KVStorage, layer: int, slots: torch.Tensor, origins: t
     """The layer's `slots` hold what was written to `origins`."""
     keys, values = storage.gather(layer, slots)
     expected_keys, expected_values = content(storage.layout.specs[layer], layer, origins)
-    assert torch.equal(keys, expected_keys)
-    assert torch.equal(values, expected_values)
+    assert torch.equal(keys, as_stored(storage, expected_keys))
+    assert torch.equal(values, as_stored(storage, expected_values))
+
+
+def as_stored(storage: KVStorage, x: torch.Tensor) -> torch.Tensor:
+    """What comes back of keys or values."""
+    return dequantize(*quantize(x, storage.kv_dtype)) if storage.kv_dtype in LARGEST else x
 
 
 @every_model
@@ -98,8 +123,13 @@ def test_views_show_the_same(specs: list[LayerSpec]) -> None:
         keys, values = storage.gather(layer, torch.arange(NUM_SLOTS))
         blocks = storage.layers[layer]
         assert blocks.keys.shape[:2] == blocks.values.shape[:2] == (NUM_BLOCKS, BLOCK_SIZE)
-        assert torch.equal(blocks.keys.flatten(0, 1), keys)
-        assert torch.equal(blocks.values.flatten(0, 1), values)
+        for cache, scales, found in (
+            (blocks.keys, blocks.key_scales, keys),
+            (blocks.values, blocks.value_scales, values),
+        ):
+            read = cache if scales is None else dequantize(cache, scales)
+            assert torch.equal(read.flatten(0, 1), found)
+            assert cache.dtype is storage.kv_dtype
 
 
 @every_model
@@ -167,7 +197,8 @@ def test_a_layout_that_does_not_fit_changes_nothing(monkeypatch: pytest.MonkeyPa
     slots = torch.arange(NUM_SLOTS)
     for layer in range(3):
         assert_holds(storage, layer, slots, slots)
-    assert storage.nbytes == NUM_SLOTS * 4 * 3 * 32
+    itemsize, scale_itemsize = itemsizes(storage.kv_dtype)
+    assert storage.nbytes == NUM_SLOTS * 3 * (32 * itemsize + 4 * scale_itemsize)
 
 
 @every_model
@@ -175,4 +206,20 @@ def test_bytes_are_counted(specs: list[LayerSpec]) -> None:
     """The layout says beforehand what the tensors take."""
     storage = storage_of(specs)
 
-    assert storage.nbytes == storage.layout.entry_numel_per_token * NUM_SLOTS * 4
+    itemsize, scale_itemsize = itemsizes(storage.kv_dtype)
+    layout, scales = storage.layout, [x for x in storage._slabs if x.dtype is not storage.kv_dtype]
+    assert storage.nbytes == layout.entry_bytes_per_token(itemsize, scale_itemsize) * NUM_SLOTS
+    assert storage.nbytes == layout.entry_numel_per_token * NUM_SLOTS * itemsize + sum(x.nbytes for x in scales)
+    assert layout.bytes_per_token(itemsize, scale_itemsize) <= storage.nbytes // NUM_SLOTS * len(layout.windows)
+    assert len(scales) == (2 * layout.num_slabs if scale_itemsize else 0)
+
+
+def test_a_run_of_one_head_is_contiguous_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order follows the device: tokens beside each other on the CPU, heads elsewhere; scales always by head."""
+    monkeypatch.undo()
+    storages = [
+        KVStorage(layout_of([PLAIN]), NUM_BLOCKS, BLOCK_SIZE, torch.float16, torch.device(device), torch.int8)
+        for device in ("cpu", "meta")
+    ]
+    assert [storage.layers[0].keys.stride()[1:3] for storage in storages] == [(16, 8), (8, 32)]
+    assert [storage.layers[0].value_scales.stride()[1:] for storage in storages] == [(1, BLOCK_SIZE)] * 2

@@ -65,6 +65,6 @@ def peft_tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside a `PeftModel`, or the model itself."""
-    peft = sys.modules.get("peft")
+    """The transformers model inside what `torch.compile` returns and inside a `PeftModel`, or the model itself."""
+    model, peft = getattr(model, "_orig_mod", model), sys.modules.get("peft")
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model

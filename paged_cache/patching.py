@@ -122,17 +122,19 @@ class _Before:
     lazy: bool
     prior: str
 
+    @torch.compiler.disable
     def __call__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _find(model)
         inputs = kwargs
         if args:
             inputs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
         cache = find_cache(inputs)
-        if cache is None or torch.compiler.is_compiling():
+        if cache is None:
             return None
         return (), begin_forward(model, cache, inputs, self.lazy)
 
 
+@torch.compiler.disable
 def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Hook after a forward, also after one that raised an `Exception`."""
     cache = find_cache(kwargs)
@@ -193,9 +195,11 @@ def _prior(config: Any) -> str:
     return names.pop() if len(names) == 1 else "eager"
 
 
+@torch.compiler.disable
 def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return paged_attention_forward(_prior(getattr(module, "config", None)), module, *args, **kwargs)
 
 
+@torch.compiler.disable
 def _mask(*args: Any, **kwargs: Any) -> Any:
     return paged_mask(_prior(kwargs.get("config")), *args, **kwargs)

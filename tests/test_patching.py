@@ -10,7 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import paged_cache
-from paged_cache import PagedCache, state
+from paged_cache import PagedCache, attention, state
 from tests.models import KINDS, model, poisoned_pool, prompts
 
 GREEDY = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -153,3 +153,37 @@ def test_reads_of_a_patched_cache_in_unknown_code():
             AttentionInterface.register("paged_cache", mine)
     assert torch.equal(tokens, expected)
     assert "PagedTensor" in seen
+
+
+COMPILED = {
+    "torch.compile(model)": lambda of: torch.compile(of, backend="eager"),
+    "model.compile()": lambda of: of.compile(backend="eager") or of,
+    "model.forward": lambda of: setattr(of, "forward", torch.compile(of.forward, backend="eager")) or of,
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "is_patched_first"), [("torch.compile(model)", False), ("model.compile()", True), ("model.forward", False)]
+)
+def test_compiled_models(how, is_patched_first, caplog, monkeypatch):
+    """The tokens of a compiled model are the same, and its attention still reads blocks in place, once per layer and step."""
+    torch._dynamo.reset()
+    state._hint_unpatched.cache_clear()
+    of, calls = copy.deepcopy(model("llama")), []
+    pool = poisoned_pool(of)
+    expected = of.generate(**prompts(), **GREEDY)
+    kernel = attention.paged_attention
+    monkeypatch.setattr(
+        attention, "paged_attention", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs)
+    )
+    with caplog.at_level(logging.INFO, logger="paged_cache"):
+        if is_patched_first:
+            paged_cache.patch(of)
+        of = COMPILED[how](of)
+        paged_cache.patch(of)
+        assert torch.equal(of.generate(**prompts(), **GREEDY, past_key_values=PagedCache(pool)), expected)
+
+    assert len(calls) == 3 * of.config.num_hidden_layers
+    assert "patch(model)" not in caplog.text
+    with torch.no_grad():  # `generate` of what torch.compile(model) returns runs the model inside
+        assert torch.equal(of(**prompts()).logits[:, -1].argmax(-1), expected[:, 33])

@@ -1,4 +1,4 @@
-"""Chooses the kernel for a call."""
+"""Chooses the kernel for a call of attention."""
 
 import importlib
 import logging
@@ -14,8 +14,12 @@ from . import reference
 
 logger = logging.getLogger("paged_cache")
 
-KERNELS = {"reference": "reference", "triton": "triton_decode", "cpu": "cpu"}
-"""Names for `PAGED_CACHE_KERNEL` and the modules behind them."""
+VARIABLE = "PAGED_CACHE_KERNEL"
+"""Environment variable that forces a kernel, by one of these names:"""
+KERNELS = {"reference": "reference", "triton": "triton", "cpu": "cpu"}
+"""Names of kernels, and their modules."""
+DEFAULTS = {"cuda": "triton", "cpu": "cpu"}
+"""The kernel of each device type; the reference elsewhere."""
 
 
 def paged_attention(
@@ -42,9 +46,15 @@ def paged_attention(
     """Attention over blocks, by the fastest kernel that takes the call; see `reference.paged_attention`.
 
     CUDA tensors go to Triton, CPU tensors to the compiled kernel, all else to the reference. The environment variable
-    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them. The first call of each kind leaves a debug line.
+    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them. The first call of each kind leaves a debug line; a
+    forced kernel that is not there or does not take a call leaves a warning. While `torch.compile` traces, the call becomes
+    an operator: see `ops`.
+
+    Raises:
+        InvalidRequestError: Shapes do not fit each other, or `PAGED_CACHE_KERNEL` is no kernel.
     """
     options = {
+        "scale": scale,
         "cu_seqlens_q": cu_seqlens_q,
         "max_q_len": max_q_len,
         "window": window,
@@ -56,34 +66,59 @@ def paged_attention(
         "kv_starts": kv_starts,
         "key_scales": key_scales,
         "value_scales": value_scales,
-        "memo": memo,
     }
-    kernel = _kernel(os.environ.get("PAGED_CACHE_KERNEL") or _default(query.device.type))
-    reason = kernel.supports(query, key_cache, value_cache, **options) if kernel is not reference else None
-    _say(kernel.__name__, reason)
-    kernel = kernel if reason is None else reference
+    if torch.compiler.is_compiling():
+        return _in_graph(query, key_cache, value_cache, block_table, seq_lens, options)
+    kernel = choose(query, key_cache, value_cache, options)
     return kernel.paged_attention(  # type: ignore[no-any-return]
-        query, key_cache, value_cache, block_table, seq_lens, scale=scale, **options
+        query, key_cache, value_cache, block_table, seq_lens, memo=memo, **options
     )
 
 
-@cache
-def _say(kernel: str, reason: str | None) -> None:
-    name = kernel.rpartition(".")[2]
+def choose(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, options: dict[str, Any]
+) -> ModuleType:
+    """The module whose `paged_attention` takes a call with these tensors and options."""
+    forced = os.environ.get(VARIABLE)
+    kernel = _module(forced, query.device.type)
+    if kernel is reference:
+        return kernel
+    reason = kernel.supports(query, key_cache, value_cache, **options)
+    if (kernel, reason, forced) not in _said:
+        _said.add((kernel, reason, forced))
+        _say(kernel, reason, forced, query, key_cache)
+    return kernel if reason is None else reference
+
+
+_said: set[tuple[ModuleType, str | None, str | None]] = set()
+
+
+def _say(
+    kernel: ModuleType, reason: str | None, forced: str | None, query: torch.Tensor, key_cache: torch.Tensor
+) -> None:
+    call = f"paged attention of queries {tuple(query.shape)} {query.dtype} over blocks of {key_cache.dtype}"
+    name = kernel.__name__.removeprefix(f"{__package__}.")
     if reason is None:
-        logger.debug("paged attention runs on kernel %s", name)
+        logger.debug("%s runs on kernel %s%s", call, name, f", which {VARIABLE} forces" if forced else "")
     else:
-        logger.debug("paged attention runs on the torch reference: kernel %s does not take the call: %s", name, reason)
+        level = logging.WARNING if forced else logging.DEBUG
+        logger.log(level, "%s runs on the torch reference: kernel %s does not take it: %s", call, name, reason)
 
 
-def _default(device_type: str) -> str:
-    return {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+def _in_graph(*tensors_and_options: Any) -> torch.Tensor:
+    """What a traced graph holds: an operator, or the reference where a gradient is asked for, which no operator has."""
+    *tensors, options = tensors_and_options
+    given = [x for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor)]
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    attend = reference.paged_attention if has_gradient else torch.ops.paged_cache.attention
+    return attend(*tensors, **options)  # type: ignore[no-any-return]
 
 
 @cache
-def _kernel(name: str) -> ModuleType:
+def _module(forced: str | None, device_type: str) -> ModuleType:
+    name = forced or DEFAULTS.get(device_type, "reference")
     if name not in KERNELS:
-        raise InvalidRequestError(f"PAGED_CACHE_KERNEL is {name!r}; it has to be one of {', '.join(KERNELS)}.")
+        raise InvalidRequestError(f"{VARIABLE} is {name!r}; it has to be one of {', '.join(KERNELS)}.")
     try:
         return importlib.import_module(f".{KERNELS[name]}", __package__)
     except ImportError as error:

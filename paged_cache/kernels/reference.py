@@ -71,6 +71,8 @@ def paged_attention(
     block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
     kv_len = block_table.shape[1] * block_size
     visible = visible_keys(seq_lens, q_len, kv_len, window, chunk, kv_starts)
+    if cu_seqlens_q is not None:  # the columns before a row's own queries see nothing
+        visible[_is_filler(cu_seqlens_q, q_len)] = False
 
     seen = visible.any(1)[..., None, None]  # [batch, kv_len, 1, 1]: the rest may be uninitialised memory
     table = block_table.long().clamp(min=0)
@@ -177,6 +179,11 @@ def _columns(cu_seqlens_q: torch.Tensor, max_q_len: int, num_tokens: int) -> tup
     tokens = torch.arange(num_tokens, device=cu_seqlens_q.device)
     rows = torch.searchsorted(cu_seqlens_q[1:].long(), tokens, right=True)
     return rows, tokens - cu_seqlens_q[1:][rows] + max_q_len
+
+
+def _is_filler(cu_seqlens_q: torch.Tensor, max_q_len: int) -> torch.Tensor:
+    """bool `[batch, max_q_len]`: the columns that no token of the packed form stands in."""
+    return torch.arange(max_q_len, device=cu_seqlens_q.device) < max_q_len - cu_seqlens_q.diff()[:, None]
 
 
 def _distances(seq_lens: torch.Tensor, q_len: int, kv_len: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from paged_cache.kernels import reference, triton_decode
+from paged_cache.kernels import reference
+from paged_cache.kernels.triton import attention, plan
 from tests.kernels.cases import Case, Inputs, build
 
 GUARD = 1 << 20  # bytes on either side: more than a block, so that block -1 lies in it
@@ -21,6 +22,18 @@ CASES = [
     Case(lens=LENS, spare_blocks=0, head_dim=80, group=3, num_splits=3),
     Case(lens=LENS, head_dim=80, v_head_dim=48, q_len=5, block_size=4, num_splits=1, **FEATURES),
     Case(lens=LENS, spare_blocks=0, layout="HND", dtype=torch.float16, num_splits=2, chunk=20),
+    Case(lens=LENS, spare_blocks=0, q_lens=(0, 1, 20, 7), dtype=torch.float16, num_splits=2, starts=(0, 0, 5, 70)),
+    Case(lens=LENS, spare_blocks=0, q_len=3, bias=4, alibi=True, block_size=64, num_splits=2, window=24),
+    Case(lens=LENS, spare_blocks=0, kv_dtype=torch.int8, head_dim=48, num_splits=3),
+    Case(
+        lens=LENS,
+        spare_blocks=0,
+        kv_dtype=torch.float8_e4m3fn,
+        dtype=torch.float16,
+        layout="packed",
+        q_len=5,
+        num_splits=2,
+    ),
 ]
 LIBC = ctypes.CDLL(None, use_errno=True)
 KEPT = []  # memory that tensors lie in
@@ -65,8 +78,11 @@ def main(side: str, *mistakes: str) -> None:
         inputs = guard_all(inputs, side)
         if mistakes:
             inputs.block_table[-1, 0] = -1 if side == "front" else inputs.key_cache.shape[0]
-        triton_decode._splits = lambda *_, case=case: (case.num_splits, 1)
-        out = inputs.run(triton_decode.paged_attention)
+        plan.Shape._budget = lambda shape, batch, num_tiles, case=case: (
+            num_tiles * case.num_splits,
+            130 // case.num_splits,
+        )
+        out = inputs.run(attention.paged_attention)
         torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
         print("right", case)  # noqa: T201
 

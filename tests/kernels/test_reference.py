@@ -45,6 +45,7 @@ PACKED = {"q_lens": (20, 1, 33, 0, 1, 0, 5), "bias": 0}
 PACKS = [
     Case(**EXACT, q_lens=PACKED["q_lens"]),
     Case(**EXACT, **FEATURES | PACKED),
+    Case(**EXACT, q_lens=(5, 1, 70, 0, 1, 0, 5), window=24),  # rows whose filler columns would see more than their own
     Case(**EXACT, q_lens=(40, 0, 0, 0, 0, 0, 0)),  # more queries than the row has tokens
 ]
 QUANTISED = [

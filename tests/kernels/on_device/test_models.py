@@ -1,4 +1,4 @@
-"""Whole models decode through the Triton kernel, on a GPU or under the interpreter (see test_triton_decode.py)."""
+"""Whole models decode through the Triton kernel, on a GPU or under the interpreter (see test_triton_attention.py)."""
 
 import pytest
 import torch
@@ -18,11 +18,11 @@ from transformers import (
 
 import paged_cache
 from paged_cache import PagedCache
-from paged_cache.kernels import triton_decode
+from paged_cache.kernels.triton import attention
 from tests.models import assert_whole, poisoned_pool, prompts
 
-DEVICE = "cpu" if triton_decode.INTERPRETED else "cuda"
-pytestmark = [] if triton_decode.INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if attention.INTERPRETED else "cuda"
+pytestmark = [] if attention.INTERPRETED else [pytest.mark.gpu]
 GREEDY = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
 
 
@@ -50,8 +50,8 @@ def test_same_tokens_through_triton(kind: str, monkeypatch: pytest.MonkeyPatch) 
     """Every decoding step of a patched model runs on the kernel, and the tokens are those of a DynamicCache."""
     monkeypatch.setenv("PAGED_CACHE_KERNEL", "triton")
     calls = []
-    kernel = triton_decode._launch
-    monkeypatch.setattr(triton_decode, "_launch", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    kernel = attention._launch
+    monkeypatch.setattr(attention, "_launch", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     of = MODELS[kind]().eval().to(DEVICE)
     if kind == "gemma2":
         of.set_attn_implementation("eager")  # sdpa leaves its softcap out

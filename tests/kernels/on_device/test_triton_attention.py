@@ -1,9 +1,10 @@
-"""The Triton decode kernel against the reference, on a GPU or, where TRITON_INTERPRET is set, on CPU tensors.
+"""The Triton attention kernel against the reference, on a GPU or, where TRITON_INTERPRET is set, on CPU tensors.
 
 Triton reads that variable when a kernel is defined, so the interpreter needs a process of its own:
-../test_triton_decode.py starts it.
+../test_triton_attention.py starts it.
 """
 
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,18 +12,26 @@ import pytest
 import torch
 
 from paged_cache.errors import InvalidRequestError
-from paged_cache.kernels import reference, triton_decode
+from paged_cache.kernels import reference
+from paged_cache.kernels.quantized import LARGEST
+from paged_cache.kernels.triton import attention, plan
 from tests.kernels.cases import Case, Inputs, build
 
-DEVICE = "cpu" if triton_decode.INTERPRETED else "cuda"
-pytestmark = [] if triton_decode.INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if attention.INTERPRETED else "cuda"
+pytestmark = [] if attention.INTERPRETED else [pytest.mark.gpu]
 
 RAGGED = (0, 1, 15, 16, 17, 37, 130)  # none, one, and a block of 16 with one token less and more
-FEATURES = {"window": 24, "chunk": 20, "softcap": 2.0, "sinks": True}
+FEATURES = {"window": 24, "chunk": 20, "softcap": 2.0, "sinks": True, "alibi": True, "bias": 4}
+FEATURES |= {"starts": (3, 0, 65, 0)}
 TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-6},  # other orders of summation
     torch.float16: {"rtol": 1e-3, "atol": 1e-3},  # probabilities and result rounded to 2**-11
     torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},  # to 2**-8: the interpreter truncates
+}
+QUANTISED = {
+    torch.float32: TOLERANCES[torch.float32],
+    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 8e-3},
 }
 
 LENGTHS = [
@@ -30,10 +39,23 @@ LENGTHS = [
     Case(lens=(0, 40, 130), num_kv_heads=1, num_splits=17),  # most splits are empty; the merge takes 16 at a time
     Case(lens=(300, 17), num_kv_heads=1, head_dim=256, num_splits=19),  # none is: tiles have 16 keys here
 ]
-GROUPS = [Case(group=group, num_splits=2) for group in (1, 3, 8)] + [
+GROUPS = [Case(group=group, num_splits=2) for group in (1, 3, 7, 8)] + [
     Case(group=71, num_kv_heads=1, dtype=torch.float16, num_splits=2),  # more than one tile of 64 rows
     Case(group=4, q_len=16, dtype=torch.float16, num_splits=2),
-    Case(group=1, q_len=40, dtype=torch.float16, num_splits=1),  # long, but fits one tile
+]
+PROMPTS = [
+    Case(lens=(130, 40, 0, 7), q_len=40, group=3, dtype=torch.float16, num_splits=num_splits, **more)
+    for num_splits, more in ((1, {}), (3, {}), (1, {"window": 24}), (2, FEATURES))
+]
+PACKED = [
+    Case(q_lens=(20, 1, 33, 0), num_splits=num_splits, dtype=torch.float16, group=group)
+    for num_splits, group in ((1, 4), (3, 3))
+] + [
+    Case(lens=RAGGED, q_lens=(0, 1, 15, 16, 3, 5, 1), num_splits=2),
+    Case(lens=(20, 1, 33, 64), q_lens=(20, 1, 33, 64), group=2, num_splits=2),
+    Case(q_lens=(1, 1, 1, 0), num_splits=3),
+    Case(q_lens=(40, 0, 0, 0), num_splits=1),  # more queries than the row has tokens
+    Case(q_lens=(5, 1, 70, 0), num_splits=2, head_dim=80, layout="HND", **FEATURES | {"bias": 0}),
 ]
 HEAD_DIMS = [Case(head_dim=dim, num_splits=2) for dim in (16, 80, 96, 112, 128, 256)] + [
     Case(head_dim=192, v_head_dim=128, num_splits=2),
@@ -44,16 +66,20 @@ PAIRS = [Case(q_len=3, num_splits=2, **{name: FEATURES[name] for name in two}) f
 FEATURE_EDGES = [
     Case(window=1, q_len=3, num_splits=1),
     Case(window=64, num_splits=5, lens=(130, 64, 65), head_dim=80),
+    Case(window=200, lens=(300, 30), dtype=torch.float16, q_len=40, num_splits=2),  # edges at both ends
     Case(chunk=1, q_len=3, num_splits=1),
     Case(chunk=64, num_splits=5, lens=(130, 64, 65)),
     Case(q_len=5, num_splits=5, sinks=True, lens=(0, 3, 70)),
+    Case(bias=1, q_len=5, num_splits=2),
+    Case(starts=(37, 0, 129, 0), q_len=3, num_splits=2, sinks=True),  # a row that is nothing but padding
     Case(q_len=5, num_splits=1, **FEATURES),
     Case(gain=100.0, num_splits=2),  # exp2 of such scores overflows unless the maximum is subtracted
     Case(gain=100.0, num_splits=2, softcap=30.0),
 ]
 MEMORY = [
-    *(Case(block_size=size, num_splits=2) for size in (4, 64, 128)),
+    *(Case(block_size=size, num_splits=2) for size in (1, 4, 12, 64, 128)),
     *(Case(layout=layout, num_splits=2) for layout in ("HND", "packed", "head_major", "odd")),
+    *(Case(block_size=64, num_splits=2, q_len=3, **{name: FEATURES[name]}) for name in ("window", "chunk", "starts")),
     Case(spare_blocks=0, lens=(128, 16)),
 ]
 DTYPES = [
@@ -61,7 +87,17 @@ DTYPES = [
     for dtype in (torch.float16, torch.bfloat16)
     for num_splits in (1, 3)
 ] + [Case(dtype=torch.bfloat16, q_len=3, num_splits=2, **FEATURES)]
-CASES = LENGTHS + GROUPS + HEAD_DIMS + SINGLE + PAIRS + FEATURE_EDGES + MEMORY + DTYPES
+CODES = [
+    Case(kv_dtype=kv_dtype, num_splits=2, **more)
+    for kv_dtype in LARGEST
+    for more in (
+        {},
+        {"dtype": torch.bfloat16, "layout": "HND", "q_len": 3, **FEATURES},
+        {"dtype": torch.float16, "layout": "packed", "block_size": 64, "head_dim": 48, "v_head_dim": 80},
+        {"layout": "odd", "q_lens": (5, 1, 20, 0)},
+    )
+]
+CASES = LENGTHS + GROUPS + PROMPTS + PACKED + HEAD_DIMS + SINGLE + PAIRS + FEATURE_EDGES + MEMORY + DTYPES + CODES
 
 
 @pytest.fixture(autouse=True)
@@ -71,16 +107,39 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def new_poisoned(*args, **kwargs) -> torch.Tensor:
         tensor = new_empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.numel() else tensor  # the interpreter's own are empty and of any dtype
+        if not tensor.numel():  # the interpreter's own are empty and of any dtype
+            return tensor
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 2**31 - 1)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_poisoned)
 
 
+def force_splits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest rows get the case's number of splits, however short they become."""
+    split_len = math.ceil(max(case.lens) / case.num_splits)
+    budget = {1: lambda *_: (0, 1)}.get(
+        case.num_splits, lambda shape, batch, tiles: (tiles * case.num_splits, split_len)
+    )
+    monkeypatch.setattr(plan.Shape, "_budget", budget)
+
+
 def run(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The kernel's result with the case's number of splits, however short they get."""
-    if inputs.case.num_splits is not None:
-        monkeypatch.setattr(triton_decode, "_splits", lambda *_: (inputs.case.num_splits, 1))
-    return inputs.run(triton_decode.paged_attention)
+    """The kernel's result with the case's number of splits; if it is above 1, a merge has run."""
+    if inputs.case.num_splits is None:
+        return inputs.run(attention.paged_attention)
+    merges = []
+    merge = attention._merge
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_merge", lambda *args: merges.append(args) or merge(*args))
+        force_splits(inputs.case, patch)
+        out = inputs.run(attention.paged_attention)
+    assert len(merges) == (inputs.case.num_splits > 1 and out.numel() > 0)
+    return out
+
+
+def tolerance(case: Case) -> dict[str, float]:
+    """Scores round in proportion to their size."""
+    return {name: x * case.gain for name, x in (QUANTISED if case.kv_dtype else TOLERANCES)[case.dtype].items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -91,8 +150,7 @@ def test_equals_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     assert out.dtype == case.dtype
     assert out.is_contiguous()
     expected = inputs.double().run(reference.paged_attention)
-    tolerance = {name: x * case.gain for name, x in TOLERANCES[case.dtype].items()}  # scores round in proportion
-    torch.testing.assert_close(out.cpu().double(), expected, **tolerance)
+    torch.testing.assert_close(out.cpu().double(), expected, **tolerance(case))
 
 
 def test_the_cache_may_be_wider_than_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,13 +207,10 @@ def changed(**tensors: object) -> Inputs:
 
 
 REFUSED = {
-    "17 new tokens": changed(query=lambda x: x.expand(-1, -1, 17, -1)),
     "query is torch.float64": changed(query=lambda x: x.double()),
     "value cache torch.float16": changed(value_cache=lambda x: x.half()),
     "head dimensions 8": changed(query=lambda x: x[..., :8], key_cache=lambda x: x[..., :8]),
     "and 512": changed(value_cache=lambda x: x.repeat(1, 1, 1, 8)),
-    "block size 2": changed(key_cache=lambda x: x[:, :2], value_cache=lambda x: x[:, :2]),
-    "block size 12": changed(key_cache=lambda x: x[:, :12], value_cache=lambda x: x[:, :12]),
     "last strides": changed(key_cache=lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
     "no backward": changed(query=lambda x: x.detach().requires_grad_()),
 }
@@ -174,29 +229,29 @@ INVALID = {
 def test_supports_names_the_reason(reason: str) -> None:
     """What the kernel does not take is refused by `supports`, and in the same words by the kernel."""
     inputs = REFUSED[reason]
-    assert reason in triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache)
+    assert reason in attention.supports(inputs.query, inputs.key_cache, inputs.value_cache)
     with pytest.raises(InvalidRequestError, match=reason):
-        inputs.run(triton_decode.paged_attention)
+        inputs.run(attention.paged_attention)
 
 
 def test_supports_takes_what_the_matrix_covers() -> None:
     """No reason to refuse an ordinary call."""
     inputs = build(Case(q_len=16, **FEATURES), DEVICE)
-    assert triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache) is None
+    assert attention.supports(inputs.query, inputs.key_cache, inputs.value_cache) is None
 
 
 def test_tables_of_other_integers() -> None:
     """int64 tables and lengths, and strided ones, mean the same."""
     inputs = build(Case(lens=(5, 40)), DEVICE)
     wide = replace(inputs, block_table=inputs.block_table.long().T.contiguous().T, seq_lens=inputs.seq_lens.long())
-    assert torch.equal(inputs.run(triton_decode.paged_attention), wide.run(triton_decode.paged_attention))
+    assert torch.equal(inputs.run(attention.paged_attention), wide.run(attention.paged_attention))
 
 
 @pytest.mark.parametrize("message", INVALID)
 def test_shapes_that_do_not_fit_are_refused(message: str) -> None:
     """Nothing is launched that would read beyond a tensor."""
     with pytest.raises(InvalidRequestError, match=message):
-        INVALID[message].run(triton_decode.paged_attention)
+        INVALID[message].run(attention.paged_attention)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")

@@ -1,4 +1,4 @@
-"""The Triton decode kernel where there is no GPU: under Triton's interpreter, and what needs no kernel to run."""
+"""The Triton attention kernel where there is no GPU: under Triton's interpreter, and what needs no kernel to run."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
-from paged_cache.kernels import triton_decode  # noqa: E402  triton may be missing
+from paged_cache.kernels.triton import attention  # noqa: E402  triton may be missing
 from tests.kernels.cases import Case, build  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -62,24 +62,4 @@ def test_the_guard_pages_catch_a_wrong_block(side: str) -> None:
 def test_refuses_cpu_tensors_unless_interpreted() -> None:
     """A call for the reference or the CPU kernel."""
     inputs = build(Case())
-    assert "not on a CUDA device" in triton_decode.supports(inputs.query, inputs.key_cache, inputs.value_cache)
-
-
-@pytest.mark.parametrize(
-    ("programs", "longest", "expected"),
-    [
-        pytest.param(8, 64, 1, id="one tile is not split"),
-        pytest.param(8, 1024, 16, id="batch 1, short: a tile each"),
-        pytest.param(8, 32768, 50, id="batch 1, long: as many as the GPU holds"),
-        pytest.param(8, 131072, 64, id="batch 1, very long: none above 2048 keys"),
-        pytest.param(64, 32768, 16, id="batch 8, long"),
-        pytest.param(512, 1024, 1, id="batch 64 fills the GPU by itself"),
-        pytest.param(512, 32768, 8, id="batch 64, but one row may be the tail"),
-        pytest.param(2048, 0, 1, id="a table without columns"),
-    ],
-)
-def test_splits_fill_the_gpu(programs: int, longest: int, expected: int) -> None:
-    """The number of splits on an H200 (132 multiprocessors) with 8 KV heads."""
-    num_splits, min_split = triton_decode._splits(programs, longest, 132)
-    assert num_splits == expected
-    assert num_splits == 1 or num_splits * min_split < longest + min_split
+    assert "not on a CUDA device" in attention.supports(inputs.query, inputs.key_cache, inputs.value_cache)

@@ -44,16 +44,18 @@ _ROUNDER = np.float32(
     12582912.0
 )  # 1.5 * 2 ** 23: adding it to a small number leaves its nearest integer in the low bits
 _jit: Any = numba.njit(error_model="numpy", forceinline=True)
+_intrinsic: Any = extending.intrinsic  # what it makes is called without `typingctx`
+_array: Any = numba.carray  # type: ignore[attr-defined]
 
 
-@extending.intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@_intrinsic
 def _pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     """The C pointer to elements of the type of `kind` at an int64 address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(kind)(types.int64, kind), codegen
+    return types.CPointer(kind)(types.int64, kind), codegen  # type: ignore[no-untyped-call]
 
 
 @_jit
@@ -94,8 +96,8 @@ def _write(call: Any, new_kind: Any, code_kind: Any, shift: Any, limit: Any, is_
     new, cache = _pointer(call.new, new_kind), _pointer(call.cache, code_kind)
     scales, slots = _pointer(call.scales, np.float32(0)), _pointer(call.slots, np.int64(0))
     reach = 1 << 40  # no array bounds: addresses and strides say where things are
-    new, cache, scales = numba.carray(new, reach), numba.carray(cache, reach), numba.carray(scales, reach)
-    slots = numba.carray(slots, call.num_tokens)
+    new, cache, scales = _array(new, reach), _array(cache, reach), _array(scales, reach)
+    slots = _array(slots, call.num_tokens)
     for token in range(call.num_tokens):
         slot = slots[token]
         if slot < 0:
@@ -123,7 +125,7 @@ def _entry(new_dtype: torch.dtype, code_dtype: torch.dtype) -> Callable[[Any], N
 
     def work(pointer: Any) -> None:
         if source >= 0:
-            calls = numba.carray(pointer, 2, _CALL)
+            calls = _array(pointer, 2, _CALL)
             for i in range(2):
                 _write(calls[i], new_kind, code_kind, shift, limit, is_int)
 
@@ -134,6 +136,7 @@ def _entry(new_dtype: torch.dtype, code_dtype: torch.dtype) -> Callable[[Any], N
 def _compile(new_dtype: torch.dtype, code_dtype: torch.dtype) -> Callable[[int], None]:
     """The worker as a C function, from numba's disk cache or compiled."""
     work: Any = _entry(new_dtype, code_dtype)
+    compiled: Any
     try:
         compiled = numba.cfunc("void(voidptr)", cache=True)(work)
     except RuntimeError as error:  # no folder to keep it in

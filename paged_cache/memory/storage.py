@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.quantized import LARGEST, dequantize, quantize
 from ..kernels.writes import copy_blocks, write_kv
-from .layout import LayerSpec, Place, PoolLayout
+from .layout import LayerSpec, PoolLayout
 
 ORDERS = {"cpu": "NHD"}
 """Order of the dimensions in a block by device type; "HND" elsewhere."""
@@ -102,12 +102,11 @@ class KVStorage:
 
     def fill_blocks(self, blocks: list[int], value: float) -> None:
         """Overwrites whole blocks, so that a read of a block that was given back shows."""
-        number = torch.tensor([value])
-        codes, scale = (
-            quantize(number, self.kv_dtype) if self.kv_dtype in LARGEST else (number.to(self.kv_dtype), number)
-        )
+        codes = scale = torch.tensor([value], device=self.device)
+        if self.kv_dtype in LARGEST:
+            codes, scale = quantize(codes, self.kv_dtype)
         for slab in self._slabs:
-            _bytes(slab)[blocks] = _bytes(codes if slab.dtype is self.kv_dtype else scale).to(self.device)
+            _bytes(slab)[blocks] = _bytes(codes.to(slab.dtype) if slab.dtype is self.kv_dtype else scale)
 
     def relayout(self, layout: PoolLayout) -> None:
         """Moves to another layout of the same layers, with the content of those whose shapes stay."""
@@ -120,13 +119,18 @@ class KVStorage:
                         moved.copy_(getattr(old[layer], name))
 
     def _allocate(self, layout: PoolLayout) -> None:
-        numels = [layout.key_numel, layout.value_numel]
-        pairs = [[self._slab(n, self.kv_dtype) for n in numels] for _ in range(layout.num_slabs)]
-        vectors = [layout.key_vectors, layout.value_vectors] if self.kv_dtype in LARGEST else []
-        scales = [[self._slab(n, torch.float32) for n in vectors] for _ in range(layout.num_slabs)]
-        self.layout, self._slabs = layout, [slab for pair in [*pairs, *scales] for slab in pair]
+        slabs = [
+            (
+                self._slab(layout.key_numel, self.kv_dtype),
+                self._slab(layout.value_numel, self.kv_dtype),
+                self._scales(layout.key_vectors),
+                self._scales(layout.value_vectors),
+            )
+            for _ in range(layout.num_slabs)
+        ]
+        self.layout, self._slabs = layout, [slab for four in slabs for slab in four if slab is not None]
         self.layers = {
-            layer: self._layer(layout.specs[layer], place, pairs[place.slab], scales[place.slab])
+            layer: self._layer(layout.specs[layer], place.part, *slabs[place.slab])
             for layer, place in layout.places.items()
         }
 
@@ -134,20 +138,28 @@ class KVStorage:
         with torch.inference_mode(False):  # a pool made in inference mode also serves `generate`, which is not
             return torch.empty(self.num_blocks, self.block_size * numel, dtype=dtype, device=self.device)
 
+    def _scales(self, num_vectors: int) -> torch.Tensor | None:
+        return self._slab(num_vectors, torch.float32) if self.kv_dtype in LARGEST else None
+
     def _layer(
-        self, spec: LayerSpec, place: Place, slabs: list[torch.Tensor], scales: list[torch.Tensor]
+        self,
+        spec: LayerSpec,
+        part: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_scales: torch.Tensor | None,
+        value_scales: torch.Tensor | None,
     ) -> LayerBlocks:
-        order, heads = ORDERS.get(self.device.type, "HND"), (spec.key_heads, spec.value_heads)
-        keys, values = (
-            self._part(slab, place.part, num, dim, order)
-            for slab, num, dim in zip(slabs, heads, (spec.key_dim, spec.value_dim), strict=True)
-        )
-        factors = [
-            self._part(slab, place.part, num, 1, "HND")[..., 0] for slab, num in zip(scales, heads, strict=False)
-        ]
-        return LayerBlocks(keys, values, *(factors or (None, None)), _flat(keys), _flat(values))
+        order = ORDERS.get(self.device.type, "HND")
+        keys = self._part(keys, part, spec.key_heads, spec.key_dim, order)
+        values = self._part(values, part, spec.value_heads, spec.value_dim, order)
+        if key_scales is not None and value_scales is not None:
+            key_scales = self._part(key_scales, part, spec.key_heads, 1, "HND")[..., 0]
+            value_scales = self._part(value_scales, part, spec.value_heads, 1, "HND")[..., 0]
+        return LayerBlocks(keys, values, key_scales, value_scales, _flat(keys), _flat(values))
 
     def _part(self, slab: torch.Tensor, part: int, heads: int, dim: int, order: str) -> torch.Tensor:
+        """A layer's part of each entry, `[num_blocks, block_size, heads, dim]`."""
         numel = self.block_size * heads * dim
         entry = slab[:, part * numel : (part + 1) * numel]
         if order == "NHD":
@@ -157,10 +169,11 @@ class KVStorage:
     def _read(
         self, blocks: torch.Tensor, flat: torch.Tensor | None, scales: torch.Tensor | None, slots: torch.Tensor
     ) -> torch.Tensor:
-        places = (slots // self.block_size, slots % self.block_size) if flat is None or scales is not None else ()
-        found = _bytes(flat).index_select(0, slots) if flat is not None else _bytes(blocks)[places].contiguous()
-        found = found.view(self.kv_dtype)
-        return found.to(self.dtype) if scales is None else dequantize(found, scales[places]).to(self.dtype)
+        if flat is not None and scales is None:
+            return flat.index_select(0, slots).to(self.dtype)
+        places = slots // self.block_size, slots % self.block_size
+        found = _bytes(blocks)[places].view(self.kv_dtype)
+        return (found if scales is None else dequantize(found, scales[places])).to(self.dtype)
 
 
 def itemsizes(kv_dtype: torch.dtype) -> tuple[int, int]:

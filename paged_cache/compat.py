@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -18,6 +19,13 @@ if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
     )
 
 logger = logging.getLogger("paged_cache")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def not_traced(function: _Function) -> _Function:
+    """The function as one that `torch.compile` calls between its graphs instead of looking into it."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 class _NoLayer:

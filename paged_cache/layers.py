@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .compat import not_traced
 from .model_spec import has_reference_window
 from .state import PagedState
 
@@ -61,7 +62,7 @@ class PagedLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
 
-    @torch.compiler.disable
+    @not_traced
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import paged_attention_forward
-from .compat import base_model, decoder_config, logger, uses_attention_interface
+from .compat import base_model, decoder_config, logger, not_traced, uses_attention_interface
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
@@ -122,7 +122,7 @@ class _Before:
     lazy: bool
     prior: str
 
-    @torch.compiler.disable
+    @not_traced
     def __call__(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _find(model)
         inputs = kwargs
@@ -134,7 +134,7 @@ class _Before:
         return (), begin_forward(model, cache, inputs, self.lazy)
 
 
-@torch.compiler.disable
+@not_traced
 def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Hook after a forward, also after one that raised an `Exception`."""
     cache = find_cache(kwargs)
@@ -195,11 +195,11 @@ def _prior(config: Any) -> str:
     return names.pop() if len(names) == 1 else "eager"
 
 
-@torch.compiler.disable
+@not_traced
 def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return paged_attention_forward(_prior(getattr(module, "config", None)), module, *args, **kwargs)
 
 
-@torch.compiler.disable
+@not_traced
 def _mask(*args: Any, **kwargs: Any) -> Any:
     return paged_mask(_prior(kwargs.get("config")), *args, **kwargs)

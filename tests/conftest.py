@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from paged_cache.kernels import dispatch
+
 SEED = 0
 
 # Two workers on two busy cores: a deadline per example would report the machine, not the code.
@@ -34,3 +36,10 @@ def seed() -> None:
     """Give every test the same random numbers, whatever ran before it."""
     random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def kernel_choice() -> None:
+    """Let every test choose its kernels by the environment anew."""
+    dispatch._preferred.cache_clear()
+    dispatch._said.clear()

@@ -46,7 +46,7 @@ def paged_attention(
     """Attention over blocks, by the fastest kernel that takes the call; see `reference.paged_attention`.
 
     CUDA tensors go to Triton, CPU tensors to the compiled kernel, all else to the reference. The environment variable
-    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them. The first call of each kind leaves a debug line; a
+    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them; it is read once. The first call of each kind leaves a debug line; a
     forced kernel that is not there or does not take a call leaves a warning. While `torch.compile` traces, the call becomes
     an operator: see `ops`.
 
@@ -79,29 +79,24 @@ def choose(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, options: dict[str, Any]
 ) -> ModuleType:
     """The module whose `paged_attention` takes a call with these tensors and options."""
-    forced = os.environ.get(VARIABLE)
-    kernel = _module(forced, query.device.type)
-    if kernel is reference:
-        return kernel
-    reason = kernel.supports(query, key_cache, value_cache, **options)
-    if (kernel, reason, forced) not in _said:
-        _said.add((kernel, reason, forced))
-        _say(kernel, reason, forced, query, key_cache)
+    kernel = _preferred(query.device)
+    reason = None if kernel is reference else kernel.supports(query, key_cache, value_cache, **options)
+    if (kernel, reason) not in _said:
+        _said.add((kernel, reason))
+        _say(kernel, reason, query, key_cache)
     return kernel if reason is None else reference
 
 
-_said: set[tuple[ModuleType, str | None, str | None]] = set()
+_said: set[tuple[ModuleType, str | None]] = set()
 
 
-def _say(
-    kernel: ModuleType, reason: str | None, forced: str | None, query: torch.Tensor, key_cache: torch.Tensor
-) -> None:
+def _say(kernel: ModuleType, reason: str | None, query: torch.Tensor, key_cache: torch.Tensor) -> None:
     call = f"paged attention of queries {tuple(query.shape)} {query.dtype} over blocks of {key_cache.dtype}"
-    name = kernel.__name__.removeprefix(f"{__package__}.")
+    name, is_forced = kernel.__name__.removeprefix(f"{__package__}."), bool(os.environ.get(VARIABLE))
     if reason is None:
-        logger.debug("%s runs on kernel %s%s", call, name, f", which {VARIABLE} forces" if forced else "")
+        logger.debug("%s runs on kernel %s%s", call, name, f", as {VARIABLE} wants it" if is_forced else "")
     else:
-        level = logging.WARNING if forced else logging.DEBUG
+        level = logging.WARNING if is_forced else logging.DEBUG
         logger.log(level, "%s runs on the torch reference: kernel %s does not take it: %s", call, name, reason)
 
 
@@ -111,12 +106,13 @@ def _in_graph(*tensors_and_options: Any) -> torch.Tensor:
     given = [x for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor)]
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     attend = reference.paged_attention if has_gradient else torch.ops.paged_cache.attention
-    return attend(*tensors, **options)  # type: ignore[no-any-return]
+    return attend(*tensors, **options)
 
 
 @cache
-def _module(forced: str | None, device_type: str) -> ModuleType:
-    name = forced or DEFAULTS.get(device_type, "reference")
+def _preferred(device: torch.device) -> ModuleType:
+    """The kernel to ask first for tensors on a device; the environment is read once."""
+    name = os.environ.get(VARIABLE) or DEFAULTS.get(device.type, "reference")
     if name not in KERNELS:
         raise InvalidRequestError(f"{VARIABLE} is {name!r}; it has to be one of {', '.join(KERNELS)}.")
     try:

@@ -34,15 +34,17 @@ def write_kv(
             raise InvalidRequestError(
                 f"{tuple(new.shape)} do not fit {slot_mapping.shape[0]} slots of a cache {tuple(cache.shape)}"
             )
-    kernel = _writer_for(keys, values, key_cache, value_cache)
     scales = {"key_scales": key_scales, "value_scales": value_scales}
-    kernel.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
+    traced = torch.compiler.is_compiling()
+    writer = torch.ops.paged_cache if traced else _writer_for(keys, values, key_cache, value_cache)  # see `ops`
+    writer.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
 
 
 def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], pairs: torch.Tensor) -> None:
     """Copies whole blocks in all layers at once, by the fastest kernel; see `reference.copy_blocks`."""
     if sources:
-        _writer_for(*destinations).copy_blocks(sources, destinations, pairs)
+        writer = torch.ops.paged_cache if torch.compiler.is_compiling() else _writer_for(*destinations)
+        writer.copy_blocks(sources, destinations, pairs)
 
 
 def _writer_for(*tensors: torch.Tensor) -> ModuleType:

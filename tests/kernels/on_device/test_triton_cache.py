@@ -1,14 +1,22 @@
 """The Triton kernels that write and copy blocks, against the reference, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from transformers import DynamicCache
 
+import paged_cache
+from paged_cache import PagedCache
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels import reference, writes
 from paged_cache.kernels.triton import cache
+from paged_cache.memory import storage
 from tests.kernels.write_cases import KV_DTYPES, NEW_DTYPES, SHAPES, assert_same, bits, check, pool
+from tests.models import assert_whole, model, poisoned_pool, prompts
+from tests.test_quantized import ALWAYS, RoundedCache
 
 DEVICE = "cpu" if cache.INTERPRETED else "cuda"
 pytestmark = [] if cache.INTERPRETED else [pytest.mark.gpu]
@@ -135,3 +143,27 @@ def test_the_dispatcher_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pool(torch.float32, "NHD", 4, (2, 2), (64, 64), DEVICE).write(writes.write_kv, new, new, slots)
     writes.copy_blocks([new], [new], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
     assert calls == ["write", "copy"]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8_e4m3"])
+def test_a_whole_model_on_the_kernels(kv_dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams, in the order of CUDA pools: every write and copy runs here, attention reads what they leave."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("PAGED_CACHE_KERNEL", "triton")
+        monkeypatch.setitem(storage.ORDERS, "cpu", "HND")
+    launches = []
+    for name in ("_writer", "_copier"):
+        kernel = getattr(cache, name)
+        monkeypatch.setattr(cache, name, lambda *key, name=name, kernel=kernel: launches.append(name) or kernel(*key))
+    of = copy.deepcopy(model("llama")).to(DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in prompts((5, 14)).items()}
+    mode = ALWAYS | {"max_new_tokens": 5, "num_beams": 3}
+    exact = DynamicCache(config=of.config) if kv_dtype is None else RoundedCache(of.config, kv_dtype)
+    expected = of.generate(**inputs, **mode, past_key_values=exact)
+    target = poisoned_pool(of, kv_dtype=kv_dtype)
+    with paged_cache.patch(of):
+        tokens = of.generate(**inputs, **mode, past_key_values=PagedCache(target))
+    assert torch.equal(tokens, expected)
+    assert launches.count("_writer") == 5 * of.config.num_hidden_layers
+    assert launches.count("_copier") > 0
+    assert_whole(target)

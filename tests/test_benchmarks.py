@@ -1,7 +1,11 @@
 """What the benchmarks count must hold, and what they time must run and agree; times are for people."""
 
+import functools
+import importlib
 import json
 import runpy
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,3 +57,108 @@ def test_decode_steps_agree(tmp_path):
 
     assert result["lines"]
     assert all(line["worst_difference"] < TOLERANCE and line["rounds"] > 0 for line in result["lines"])
+
+
+@pytest.fixture
+def roofline(monkeypatch):
+    """The folder of the scripts is where they find the parts they share."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "roofline"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("roofline")
+def test_kernels_are_timed_on_the_cpu(tmp_path):
+    """Every kind of line has times for us and all peers, right answers, a goal that speaks of it, and a picture."""
+    pytest.importorskip("numba")
+    lines = r"(decode|prefill|chunk) .*(float32) .*(1 x 128|1 x 512)"
+    result = run("bench_kernels.py", tmp_path / "k.json", "--device", "cpu", "--quick", "--filter", lines, "--plot")
+
+    sections = {line["shape"]["section"]: line for line in result["lines"]}
+    assert sections.keys() == {"decode", "prefill", "chunk"}
+    assert sections["decode"]["times"].keys() == {"paged", "sdpa", "write+paged", "dynamic"}
+    assert sections["decode"]["ratios"].keys() == {"sdpa", "dynamic"}
+    assert sections["chunk"]["times"].keys() == {"paged", "sdpa", "gather+sdpa"}
+    assert not any(line["missing"] for line in result["lines"])
+    assert all(0 < error < TOLERANCE for line in result["lines"] for error in line["errors"].values())
+    assert "decode, speed over SDPA on dense K/V, at least 0.9" in {goal["goal"] for goal in result["goals"]}
+    assert min(result["ceilings"]["gflops"].values()) > 0
+    assert (tmp_path / "k.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("roofline")
+def test_the_protocol_for_gpus_is_rehearsed(tmp_path):
+    """All kinds of lines go through layers in turn and poisoned outputs, variants of ours and the goals of a GPU."""
+    pytest.importorskip("numba")
+    options = ["--device", "cuda", "--rehearse", "--seconds", "0.001", "--ablate", "kernels.cpu.MAX_ROWS=1,16"]
+    result = run("bench_kernels.py", tmp_path / "k.json", *options)
+
+    sections = {line["shape"]["section"] for line in result["lines"] if line["times"]}
+    assert {"decode", "ragged", "groups", "dims", "blocks", "window", "prefill", "chunk", "verify"} <= sections
+    for line in result["lines"]:
+        refused = "the fast kernel does not take it" in line["missing"].get("paged", "")
+        assert refused or {"paged", "paged MAX_ROWS=1", "paged MAX_ROWS=16", "sdpa"} <= line["times"].keys()
+        assert refused or line["eager"].keys() == line["times"].keys()
+        assert refused or line["rounds"] >= 5
+        assert all(0 < error < 2e-2 for error in line["errors"].values())
+    assert max(line["num_layers"] for line in result["lines"]) > 1
+    assert any(goal["goal"].startswith("window") for goal in result["goals"])
+
+
+@pytest.mark.usefixtures("roofline")
+def test_wrong_answers_get_no_times(monkeypatch):
+    """Who writes too little, or something else, is left out with the reason; the others are timed all the same."""
+    candidates, machines, measuring, shapes = (
+        importlib.import_module(f"roofline.{name}") for name in ("candidates", "machines", "measuring", "shapes")
+    )
+    shape = shapes.Shape("verify", 2, 32, 2, 4, 2, 64, "float32")
+    right = candidates.sdpa
+
+    def forgetful(problem):
+        return lambda layer: torch.empty(2, 2, 4, 64)
+
+    def inexact(problem):
+        return lambda layer: [1.01 * part for part in right(problem)(layer)]
+
+    makers = {"paged": right, "forgetful": forgetful, "inexact": inexact, "broken": lambda problem: 1 / 0}
+    made = lambda problem, _: {name: functools.partial(make, problem) for name, make in makers.items()}  # noqa: E731
+    monkeypatch.setattr(measuring, "candidates", made)
+    monkeypatch.setattr(measuring, "refusal", lambda problem: None)
+    result = measuring.measure(machines.Rehearsal(), shape, [], 0.0, 2**30)
+
+    assert result.times.keys() == {"paged"}
+    assert result.missing.keys() == {"forgetful", "inexact", "broken"}
+    assert result.missing["broken"].startswith("ZeroDivisionError")
+    assert all(result.missing[name].startswith("WRONG") for name in ("forgetful", "inexact"))
+
+
+@pytest.mark.usefixtures("roofline")
+@pytest.mark.parametrize("is_old", [False, True])
+def test_varlen_is_called_as_its_version_wants(monkeypatch, is_old):
+    """torch's varlen attention, which runs on CUDA only, gets packed rows and the options that it has."""
+    candidates, problem, shapes = (
+        importlib.import_module(f"roofline.{name}") for name in ("candidates", "problem", "shapes")
+    )
+    task = problem.Problem(shapes.Shape("verify", 3, 32, 4, 4, 2, 64, "float32"), "cpu", 2)
+
+    def attend(query, key, value, starts_q, starts_k, max_q, max_k, scale):
+        assert (starts_q.tolist(), starts_k.tolist(), max_q, max_k) == ([0, 4, 8, 12], [0, 32, 64, 96], 4, 32)
+        rows = [x.unflatten(0, (3, -1)).transpose(1, 2) for x in (query, key, value)]
+        mask = torch.ones(4, 32, dtype=torch.bool).tril(28)
+        out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def old(query, key, value, starts_q, starts_k, max_q, max_k, is_causal=False, scale=None):
+        assert is_causal
+        return attend(query, key, value, starts_q, starts_k, max_q, max_k, scale)
+
+    def new(query, key, value, starts_q, starts_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa
+        assert window_size == (-1, 0)
+        return attend(query, key, value, starts_q, starts_k, max_q, max_k, scale)
+
+    module = types.SimpleNamespace(varlen_attn=old if is_old else new)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+
+    assert task.error(candidates.varlen(task)(1), 1) < 1e-5

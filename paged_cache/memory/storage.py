@@ -16,8 +16,8 @@ from ..kernels.quantized import LARGEST, dequantize, quantize
 from ..kernels.writes import copy_blocks, write_kv
 from .layout import LayerSpec, PoolLayout
 
-ORDERS = {"cpu": "NHD"}
-"""Order of the dimensions in a block by device type; "HND" elsewhere."""
+ORDERS = {"cuda": "HND"}
+"""Order of the dimensions in a block by device type; "NHD" where it is not in here."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class KVStorage:
         key_scales: torch.Tensor | None,
         value_scales: torch.Tensor | None,
     ) -> LayerBlocks:
-        order = ORDERS.get(self.device.type, "HND")
+        order = ORDERS.get(self.device.type, "NHD")
         keys = self._part(keys, part, spec.key_heads, spec.key_dim, order)
         values = self._part(values, part, spec.value_heads, spec.value_dim, order)
         if key_scales is not None and value_scales is not None:

@@ -217,6 +217,7 @@ def test_bytes_are_counted(specs: list[LayerSpec]) -> None:
 def test_a_run_of_one_head_is_contiguous_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order follows the device: tokens beside each other on the CPU, heads elsewhere; scales always by head."""
     monkeypatch.undo()
+    monkeypatch.setitem(storage_module.ORDERS, "meta", storage_module.ORDERS["cuda"])
     storages = [
         KVStorage(layout_of([PLAIN]), NUM_BLOCKS, BLOCK_SIZE, torch.float16, torch.device(device), torch.int8)
         for device in ("cpu", "meta")

@@ -43,13 +43,17 @@ def plain_read(problem: Problem) -> Candidate:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the fast kernel would leave the problem to the reference, which nobody needs to time."""
-    name = os.environ.get("PAGED_CACHE_KERNEL") or ("triton" if problem.device.type == "cuda" else "cpu")
-    kernel = importlib.import_module(f"paged_cache.kernels.{dispatch.KERNELS[name]}")
-    blocks = problem.blocks(0)
-    options = problem.options | problem.scales(0)
-    reason = kernel.supports(problem.query, blocks.keys, blocks.values, **options)
-    return None if reason is None else str(reason)
+    """Why the fast kernel would leave the problem to the reference, which nobody needs to time, or None."""
+    name = os.environ.get(dispatch.VARIABLE) or dispatch.DEFAULTS[problem.device.type]
+    if name == "reference":
+        return None  # somebody does
+    blocks, options = problem.blocks(0), problem.options | problem.scales(0)
+    try:
+        kernel = importlib.import_module(f"paged_cache.kernels.{dispatch.KERNELS[name]}")
+    except ImportError as error:
+        return str(error)
+    reason: str | None = kernel.supports(problem.query, blocks.keys, blocks.values, **options)
+    return reason
 
 
 def candidates(problem: Problem, settings: list[Setting]) -> dict[str, Callable[[], Candidate]]:

@@ -20,7 +20,6 @@ Stopwatch = Callable[[], float]
 """Runs a candidate and returns the seconds of one call."""
 
 GIB = 2**30
-CALLS = 20  # in a CUDA graph
 MAX_LAYERS = 64  # that are used in turn
 
 
@@ -120,6 +119,7 @@ class Cuda:
     """The current CUDA device. Times are those of replayed graphs, in which nothing waits for Python."""
 
     device, is_cold = "cuda", True
+    fewest_calls = 20  # in a graph
 
     def __init__(self) -> None:
         self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -139,7 +139,7 @@ class Cuda:
 
     def stopwatch(self, candidate: Candidate, num_layers: int) -> tuple[Stopwatch, Output, int]:
         """A graph of a forward of 20 layers or more. The output is poisoned, then written by a replay."""
-        calls = max(CALLS, num_layers)
+        calls = max(self.fewest_calls, num_layers)
 
         def forward() -> Output:
             for layer in range(calls - 1):
@@ -157,10 +157,10 @@ class Cuda:
         """Wall clock of a forward, Python included."""
         self._synchronize()
         start = time.perf_counter()
-        for layer in range(CALLS):
+        for layer in range(self.fewest_calls):
             candidate(layer)
         self._synchronize()
-        return (time.perf_counter() - start) / CALLS
+        return (time.perf_counter() - start) / self.fewest_calls
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Between events, fastest of 7 after three that are not counted."""
@@ -200,6 +200,7 @@ class Rehearsal(Cuda):
     """The same protocol on the CPU, with a function in the place of the graph: shows mistakes, its times mean nothing."""
 
     device = "cpu"
+    fewest_calls = 3
 
     def __init__(self) -> None:
         self.cache_bytes = 2**14

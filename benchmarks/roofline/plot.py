@@ -81,10 +81,10 @@ def _bandwidth(ax: Any, heads: Heads, lines: list[Result], ceilings: Ceilings, k
     ax.annotate(label, (0.985, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_ylim(0, 1.12 * top)
+    ax.set_ylim(0, 1.45 * top)  # room for the legend
     ax.set(xlabel="K and V, MiB", ylabel="GB/s", title=f"decode, {heads[0]} query and {heads[1]} kv heads x {heads[2]}")
     ax.grid(alpha=0.25)
-    ax.legend(fontsize=8, loc="best")
+    ax.legend(fontsize=8, loc="upper left", ncols=2)
 
 
 def _roofline(ax: Any, results: list[Result], ceilings: Ceilings, kind: str) -> None:
@@ -115,6 +115,9 @@ def _roofline(ax: Any, results: list[Result], ceilings: Ceilings, kind: str) -> 
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     ax.set(
         xlabel="FLOP per byte that has to be moved", ylabel="GFLOP/s", title="all lines under the machine's ceilings"
     )

@@ -21,29 +21,34 @@ import torch
 
 from paged_cache.kernels import cpu_kernel
 from paged_cache.kernels.checks import check_shapes
+from paged_cache.kernels.quantized import LARGEST
 
-MAX_ROWS = 32  # (query, head) pairs that walk over keys and values together
+MAX_ROWS = 32  # (query, head) pairs of a kv head that walk over keys and values together
 SERIAL_BYTES = 256 * 1024  # below this much K and V a second thread costs more than it brings
+E4M3_UNIT = 256.0  # see `simd_memory`
 
-_KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}  # see simd_memory.py
+_QUERY_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # index of cpu_kernel.QUERY_KINDS
+_KINDS = {  # see simd_memory.py
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.int8: np.int8(0),
+    torch.float8_e4m3fn: np.uint8(0),
+}
 _PACK = struct.Struct(f"{len(cpu_kernel.INTEGERS)}q{len(cpu_kernel.REALS)}d").pack_into
+_NO_STRIDES = (0, 0, 0)
 
 logger = logging.getLogger("paged_cache")
 
 
-_NOT_YET = ("cu_seqlens_q", "alibi_slopes", "position_bias", "kv_starts", "key_scales", "value_scales")
-
-
-def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, **options: object) -> str | None:
+def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, **_: object) -> str | None:
     """Why the kernel cannot take a call with these tensors, or None if it can."""
-    if new := [name for name in _NOT_YET if options.get(name) is not None]:
-        return f"{', '.join(new)}: not yet"
     if not (query.is_cpu and key_cache.is_cpu and value_cache.is_cpu):
         return "a tensor is not on the CPU"
-    if query.dtype not in _KINDS:
+    if query.dtype not in _QUERY_KINDS:
         return f"queries are {query.dtype}, not float32, bfloat16 or float16"
     if key_cache.dtype not in _KINDS or value_cache.dtype is not key_cache.dtype:
-        return f"keys are {key_cache.dtype} and values {value_cache.dtype}, not both float32, bfloat16 or float16"
+        return f"keys are {key_cache.dtype} and values {value_cache.dtype}, not both of one of {list(_KINDS)}"
     if key_cache.stride(3) != 1 or value_cache.stride(3) != 1:
         return "the last dimension of keys or values is not contiguous"
     if query.requires_grad and torch.is_grad_enabled():
@@ -59,54 +64,104 @@ def paged_attention(
     seq_lens: torch.Tensor,
     *,
     scale: float,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_q_len: int | None = None,
     window: int | None = None,
     chunk: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    **_: object,
+    alibi_slopes: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    kv_starts: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    memo: dict[Any, Any] | None = None,
 ) -> torch.Tensor:
     """Causal attention through a block table; see `reference.paged_attention` for shapes and meaning.
 
-    For tensors that `supports` takes. Compiles on the first call for a dtype.
+    For tensors that `supports` takes. Compiles on the first call for a dtype of the cache.
     """
-    batch, num_heads, q_len, dim = query.shape
-    num_blocks, block_size, num_kv_heads, v_dim = value_cache.shape
-    table_rows, width = block_table.shape
-    fits = key_cache.shape == (num_blocks, block_size, num_kv_heads, dim) and num_heads % num_kv_heads == 0
-    if not fits or table_rows != batch or seq_lens.shape[0] != batch or sinks is not None:
-        check_shapes(query, key_cache, value_cache, block_table, seq_lens, sinks=sinks)  # says what is wrong
-    dtype, kv_dtype = query.dtype, key_cache.dtype
-    query = query if dtype is kv_dtype else query.float()
+    options = (cu_seqlens_q, max_q_len, sinks, alibi_slopes, position_bias, kv_starts, key_scales, value_scales)
+    _check(query, key_cache, value_cache, block_table, seq_lens, options)
+    num_rows, num_heads, q_len, dim = query.shape
+    _, block_size, num_kv_heads, v_dim = value_cache.shape
+    batch, width = block_table.shape
+    out = query.new_empty((num_rows, q_len, num_heads, v_dim))
     query = query if query.stride(3) == 1 else query.contiguous()
     block_table, seq_lens = _int32(block_table), _int32(seq_lens)
-    sinks = None if sinks is None else sinks.detach().float().contiguous()
+    # Each tensor that is made here has to live until the kernel has run.
+    cu_seqlens_q = None if cu_seqlens_q is None else _int32(cu_seqlens_q)
+    kv_starts = None if kv_starts is None else _int32(kv_starts)
+    sinks, alibi_slopes, position_bias = _float32(sinks), _float32(alibi_slopes), _float32(position_bias)
 
-    out = torch.empty((batch, q_len, num_heads, v_dim), dtype=query.dtype)
-    group = num_heads // num_kv_heads
-    rows_q = max(1, min(q_len, MAX_ROWS // group))
-    items = batch * -(-q_len // rows_q) * num_kv_heads  # if each has one run
-    runs = min(-(-width * block_size // cpu_kernel.RUN), cpu_kernel.MAX_RUNS)
-    floats = items * runs * rows_q * group * ((v_dim + 15) // 16 * 16 + cpu_kernel.MORE) if runs > 1 else 0
-    workspace = _threads.workspace
-    if items > workspace.counters or floats > workspace.floats:
-        workspace = _threads.workspace = _Workspace(max(items, workspace.counters), max(floats, workspace.floats))
-    worker, element = _compile(kv_dtype)
+    q_len, element = q_len if max_q_len is None else max_q_len, key_cache.element_size()
+    is_small = batch * width * block_size * num_kv_heads * (dim + v_dim) * element <= SERIAL_BYTES
+    threads = 1 if is_small or not _parallel else torch.get_num_threads()
+    rows_q, heads, workspace = _plan(batch, q_len, num_heads, num_kv_heads, dim, v_dim, width * block_size, threads)
     _PACK(
         workspace.record, 0,
-        0,
+        0, 0,
         query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(),
-        out.data_ptr(), 0 if sinks is None else sinks.data_ptr(), workspace.partials, workspace.done,
+        out.data_ptr(), _address(kv_starts), _address(cu_seqlens_q), _address(sinks), _address(alibi_slopes),
+        _address(position_bias), _address(key_scales), _address(value_scales),
+        workspace.partials, workspace.done, workspace.scratch,
         batch, num_heads, num_kv_heads, q_len, dim, v_dim, block_size,
-        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0), width,
-        window or 0, chunk or 0, dtype is not kv_dtype, rows_q, 64 // element,
-        scale, softcap or 0.0,
+        *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
+        *(_NO_STRIDES if key_scales is None else key_scales.stride()),
+        *(_NO_STRIDES if value_scales is None else value_scales.stride()),
+        *((0, 0, 0, 0) if position_bias is None else _bias_strides(position_bias)),
+        block_table.stride(0), width, window or 0, chunk or 0, _QUERY_KINDS[query.dtype], rows_q, heads, 64 // element,
+        scale, softcap or 0.0, E4M3_UNIT if key_cache.dtype is torch.float8_e4m3fn else 1.0,
     )  # fmt: skip
-    threads = torch.get_num_threads()
-    if threads > 1 and batch * width * block_size * num_kv_heads * (dim + v_dim) * element > SERIAL_BYTES and _parallel:
+    worker = _compile(key_cache.dtype)
+    if threads > 1 and _parallel:
         _parallel(worker, workspace.address, threads, 0)
     else:
         worker(workspace.address)
-    return out if query.dtype is dtype else out.to(dtype)
+    return out
+
+
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    options: tuple[Any, ...],
+) -> None:
+    """`check_shapes`, and less time for what is plainly right."""
+    batch, num_heads, _, dim = query.shape
+    num_blocks, block_size, num_kv_heads, _ = value_cache.shape
+    if (
+        key_cache.shape != (num_blocks, block_size, num_kv_heads, dim)
+        or num_heads % num_kv_heads
+        or block_table.shape[0] != batch
+        or seq_lens.shape[0] != batch
+        or key_cache.dtype in LARGEST
+        or any(x is not None for x in options)
+    ):
+        names = ("cu_seqlens_q", "max_q_len", "sinks", "alibi_slopes", "position_bias", "kv_starts")
+        named = dict(zip((*names, "key_scales", "value_scales"), options, strict=True))
+        check_shapes(query, key_cache, value_cache, block_table, seq_lens, **named)
+
+
+def _plan(
+    batch: int, q_len: int, num_heads: int, num_kv_heads: int, dim: int, v_dim: int, kv_len: int, threads: int
+) -> tuple[int, int, "_Workspace"]:
+    """How a call is cut into items, queries and kv heads of each, and memory for it."""
+    group, v_width = num_heads // num_kv_heads, -(-v_dim // 16) * 16
+    rows_q = max(1, min(q_len, MAX_ROWS // group))
+    tiles, runs = -(-q_len // rows_q), -(-kv_len // cpu_kernel.RUN)
+    items = min(tiles * runs, cpu_kernel.MAX_RUNS + tiles) * batch  # at most, if each has all heads
+    heads = num_kv_heads  # as many as have room in the first-level cache; fewer if threads would have nothing to do
+    while heads > 1 and (
+        num_kv_heads % heads or heads * rows_q * group > MAX_ROWS or items * num_kv_heads < threads * heads
+    ):
+        heads -= 1
+    rows, slices = rows_q * group * heads, num_kv_heads // heads
+    partials = items * slices * rows * (v_width + cpu_kernel.MORE) if runs > 1 else 0
+    scratch = threads * sum(cpu_kernel.scratch_floats(rows, heads, -(-dim // 16) * 16, v_width))
+    return rows_q, heads, _workspace(batch * tiles * slices, partials, scratch)
 
 
 def _int32(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,31 +171,64 @@ def _int32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.int().contiguous()
 
 
-class _Workspace:
-    """Memory that calls share: the record of the call, partial sums, counters of finished items (zero between calls)."""
+def _float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to scores as the kernel reads it."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
-    def __init__(self, counters: int, floats: int) -> None:
-        self.counters, self.floats = counters, floats
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bias_strides(bias: torch.Tensor) -> tuple[int, ...]:
+    """One row of bias may serve the whole batch."""
+    row, head, query, _ = bias.stride()
+    return 0 if bias.shape[0] == 1 else row, head, query, bias.shape[3]
+
+
+class _Workspace:
+    """Memory that calls share: the record of the call, counters of finished items, partial sums, what threads work with.
+
+    The counters are zero between calls.
+    """
+
+    def __init__(self, counters: int, partials: int, scratch: int) -> None:
+        self.sizes = counters, partials, scratch
         self.record = ctypes.create_string_buffer(cpu_kernel.CALL.itemsize)
         self.address = ctypes.addressof(self.record)
-        self._done = torch.zeros(self.counters, dtype=torch.int64)
-        self._partials = torch.empty(floats, dtype=torch.float32)
-        self.done, self.partials = self._done.data_ptr(), self._partials.data_ptr()
+        self._tensors = (
+            torch.zeros(counters, dtype=torch.int64, device="cpu"),
+            *(torch.empty(floats, dtype=torch.float32, device="cpu") for floats in (partials, scratch)),
+        )
+        self.done, self.partials, self.scratch = (x.data_ptr() for x in self._tensors)
 
 
 class _Threads(threading.local):
     """Each Python thread that calls has a workspace of its own."""
 
     def __init__(self) -> None:
-        self.workspace = _Workspace(64, 0)
+        self.workspace = _Workspace(64, 0, 0)
 
 
 _threads = _Threads()
 
 
+def _workspace(counters: int, partials: int, scratch: int) -> _Workspace:
+    """The workspace of this Python thread, with room for so many counters and floats."""
+    workspace = _threads.workspace
+    sizes = workspace.sizes
+    if counters > sizes[0] or partials > sizes[1] or scratch > sizes[2]:
+        wanted = zip(sizes, (counters, partials, scratch), strict=True)
+        workspace = _threads.workspace = _Workspace(*(max(pair) for pair in wanted))
+    return workspace
+
+
 @functools.cache
-def _compile(dtype: torch.dtype) -> tuple[Callable[[int], None], int]:
-    """The worker for keys and values of `dtype` as a C function, from numba's disk cache or compiled; bytes per element."""
+def _compile(dtype: torch.dtype) -> Callable[[int], None]:
+    """The worker for keys and values of `dtype` as a C function, from numba's disk cache or compiled."""
     work, start = cpu_kernel.entry(_KINDS[dtype]), time.perf_counter()
     compiled: Any
     try:
@@ -152,7 +240,7 @@ def _compile(dtype: torch.dtype) -> tuple[Callable[[int], None], int]:
         compiled = numba.cfunc("void(voidptr)")(work)
     if not compiled.cache_hits:
         logger.info("Compiled the CPU attention kernel for %s in %.1f s.", dtype, time.perf_counter() - start)
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address), dtype.itemsize
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
 
 def _find_parallel() -> Callable[[Callable[[int], None], int, int, int], None] | None:

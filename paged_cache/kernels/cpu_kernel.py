@@ -1,9 +1,10 @@
 """The CPU kernel, compiled with numba: keys and values are read in place, block by block, in their own dtype.
 
-The work is cut into items (row, query tile, run of tokens, kv head). An item takes all query heads of its kv head, walks
-its tokens tile by tile and keeps a running softmax. Where a row has more than one run, each item leaves partial sums, and
-the last one to finish merges them. How a row is cut depends on nothing but its own length, so its result is the same, bit
-for bit, in any batch, with any number of threads and wherever its blocks lie.
+The work is cut into items (row, query tile, run of tokens, some kv heads). An item takes all query heads of its kv heads,
+walks its tokens tile by tile and keeps a running softmax. Where a row has more than one run, each item leaves partial
+sums, and the last one to finish merges them. How a row is cut into runs depends on nothing but its own length, and heads
+know nothing of each other, so a result is the same, bit for bit, in any batch, with any number of threads and wherever
+blocks lie.
 """
 
 import zlib
@@ -14,38 +15,98 @@ from typing import Any
 import numba
 import numpy as np
 
-from paged_cache.kernels.cpu_tile import F32, LOG2_E, NEVER, TILE, accumulate, jit, power, score, weigh
+from paged_cache.kernels.cpu_tile import (
+    F32,
+    I64,
+    LOG2_E,
+    NEVER,
+    TILE,
+    Scratch,
+    accumulate,
+    adjust,
+    jit,
+    power,
+    rescale,
+    score,
+    weigh,
+)
 from paged_cache.kernels.simd import add, mul, splat
-from paged_cache.kernels.simd_memory import address_of, atomic_add, load, load_part, peek, poke, store, store_part
+from paged_cache.kernels.simd_memory import (
+    address_of,
+    atomic_add,
+    load,
+    load_part,
+    peek,
+    poke,
+    prefetch,
+    store,
+    store_part,
+)
 
-RUN = 256  # tokens per item, doubled until a row has at most MAX_RUNS of them
+RUN = 256  # tokens per item, doubled until all query tiles of a row have about MAX_RUNS of them or one each
 MAX_RUNS = 64
 MORE = 16  # floats behind the sums of a partial result: the first two are maximum and sum of the weights
 I32 = np.int32(0)
+BF16, F16, E4M3 = np.uint16(0), np.int16(0), np.uint8(0)  # how simd_memory.py knows dtypes that numba lacks
+QUERY_KINDS = (F32, BF16, F16)
 
 # fmt: off
 INTEGERS = (
-    "next_item",  # atomic counter, first in the record
-    "query", "key", "value", "table", "lens", "out", "sinks", "partials", "done",  # addresses
-    "batch", "num_heads", "num_kv_heads", "q_len", "dim", "v_dim", "block_size",
+    "next_item", "next_thread",  # atomic counters, first in the record
+    "query", "key", "value", "table", "lens", "out",  # addresses
+    "starts", "first_queries", "sinks", "slopes", "bias", "key_scales", "value_scales",  # the same, or 0: without
+    "partials", "done", "scratch",
+    "batch", "num_heads", "num_kv_heads", "q_len", "dim", "v_dim", "block_size",  # q_len: the longest if rows are packed
     "q_batch", "q_head", "q_token",  # strides in elements, here and below
     "key_block", "key_token", "key_head",
     "value_block", "value_token", "value_head",
+    "key_scales_block", "key_scales_token", "key_scales_head",
+    "value_scales_block", "value_scales_token", "value_scales_head",
+    "bias_batch", "bias_head", "bias_query", "bias_len",
     "table_row", "table_width",
     "window", "chunk",  # 0: none
-    "is_wide",  # queries and output are float32 although the cache is not
-    "rows_q",  # queries per item
+    "query_kind",  # index of `QUERY_KINDS`, of queries and output
+    "rows_q", "heads",  # queries and kv heads per item
     "line",  # elements of the cache per cache line
 )
 # fmt: on
-REALS = ("scale", "softcap")
+REALS = ("scale", "softcap", "unit")  # unit: what the cache holds is read as 1 / unit of it
 CALL = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) for name in REALS])
 
 
+def scratch_floats(rows: int, heads: int, width: int, v_width: int) -> tuple[int, ...]:
+    """Floats of each part of a thread's `Scratch`, multiples of 16."""
+    padded = (rows + 15) & -16
+    return rows * width, rows * v_width, rows * TILE, padded, padded, heads * TILE, heads * TILE, 16 * TILE
+
+
+_scratch_floats = jit(scratch_floats)
+
+
 @jit
-def _first_visible(call: Any, position: int) -> int:
-    """First key that the query at `position` sees; the last one is at `position` itself."""
+def _scratch(call: Any, thread: int) -> Scratch:
+    """The memory of a thread."""
+    rows = call.rows_q * call.heads * (call.num_heads // call.num_kv_heads)
+    sizes = _scratch_floats(rows, call.heads, (call.dim + 15) & -16, (call.v_dim + 15) & -16)
+    total = 0
+    for size in sizes:
+        total += size
+    queries = call.scratch + 4 * thread * total
+    sums = queries + 4 * sizes[0]
+    scores = sums + 4 * sizes[1]
+    tops = scores + 4 * sizes[2]
+    totals = tops + 4 * sizes[3]
+    key_scales = totals + 4 * sizes[4]
+    value_scales = key_scales + 4 * sizes[5]
+    return Scratch(queries, sums, scores, tops, totals, key_scales, value_scales, value_scales + 4 * sizes[6])
+
+
+@jit
+def _first_visible(call: Any, b: int, position: int) -> int:
+    """First key that the query at `position` of a row sees; the last one is at `position` itself."""
     first = 0
+    if call.starts != 0:
+        first = max(first, np.int64(peek(call.starts, b, I32)))
     if call.window > 0:
         first = max(first, position - call.window + 1)
     if call.chunk > 0:
@@ -54,17 +115,27 @@ def _first_visible(call: Any, position: int) -> int:
 
 
 @jit
-def _span(call: Any, b: int, tile: int) -> tuple[int, int, int, int]:
-    """Of a query tile: (position of its first query, queries, first visible key, end of the visible keys)."""
-    queries = min(call.rows_q, call.q_len - tile * call.rows_q)
-    position = np.int64(peek(call.lens, b, I32)) - call.q_len + tile * call.rows_q
-    end = max(min(position + queries, call.table_width * call.block_size), 0)
-    return position, queries, min(_first_visible(call, max(position, 0)), end), end
+def _queries(call: Any, b: int) -> tuple[int, int, int]:
+    """Of a row: (queries, index of the first one in the output, element index of the first one)."""
+    if call.first_queries == 0:
+        return call.q_len, b * call.q_len, b * call.q_batch
+    first = np.int64(peek(call.first_queries, b, I32))
+    return np.int64(peek(call.first_queries, b + 1, I32)) - first, first, first * call.q_token
 
 
 @jit
-def _locate(call: Any, b: int, head: int, start: int, count: int, keys: Any, values: Any) -> None:
-    """Element index of each of `count` tokens of a row; padded to a multiple of 4 with the last one."""
+def _span(call: Any, b: int, tile: int) -> tuple[int, int, int, int]:
+    """Of a query tile: (position of its first query, queries, first visible key, end of the visible keys)."""
+    q_len, _, _ = _queries(call, b)
+    queries = min(call.rows_q, q_len - tile * call.rows_q)
+    position = np.int64(peek(call.lens, b, I32)) - q_len + tile * call.rows_q
+    end = max(min(position + queries, call.table_width * call.block_size), 0)
+    return position, queries, min(_first_visible(call, b, max(position, 0)), end), end
+
+
+@jit
+def _locate(call: Any, b: int, head: int, start: int, count: int, places: int) -> None:
+    """Element index of `count` tokens of a row in keys, values and scales; padded to a multiple of 4 with the last one."""
     t = 0
     while t < count:
         slot = (start + t) // call.block_size
@@ -72,161 +143,230 @@ def _locate(call: Any, b: int, head: int, start: int, count: int, keys: Any, val
         block = np.int64(peek(call.table, b * call.table_row + slot, I32))
         key = block * call.key_block + offset * call.key_token + head * call.key_head
         value = block * call.value_block + offset * call.value_token + head * call.value_head
-        for i in range(min(call.block_size - offset, count - t)):
-            keys[t] = key + i * call.key_token
-            values[t] = value + i * call.value_token
-            t += 1
-    while t & 3:
-        keys[t], values[t] = keys[t - 1], values[t - 1]
-        t += 1
+        tokens = min(call.block_size - offset, count - t)
+        for i in range(tokens):
+            poke(places, t + i, key + i * call.key_token)
+            poke(places, TILE + t + i, value + i * call.value_token)
+        if call.key_scales != 0:
+            _locate_scales(call, block, offset, head, tokens, places, t)
+        t += tokens
+    if count > 0:
+        last_key, last_value = peek(places, count - 1, I64), peek(places, TILE + count - 1, I64)
+        for i in range(count, (count + 3) & -4):
+            poke(places, i, last_key)
+            poke(places, TILE + i, last_value)
 
 
 @jit
-def _load_queries(call: Any, b: int, tile: int, head: int, queries: int, target: int, kind: Any) -> None:
-    """Queries of a tile, scaled, as float32 [queries * group, width]; zeros beyond the head dimension."""
+def _locate_scales(call: Any, block: int, offset: int, head: int, tokens: int, places: int, t: int) -> None:
+    key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
+    value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
+    for i in range(tokens):
+        prefetch(call.key_scales, key, F32)
+        prefetch(call.value_scales, value, F32)
+        poke(places, 2 * TILE + t + i, key)
+        poke(places, 3 * TILE + t + i, value)
+        key += call.key_scales_token
+        value += call.value_scales_token
+
+
+@jit
+def _load_scales(call: Any, places: int, count: int, scratch: Any) -> None:
+    """Scales of the tokens of a tile, side by side for each head."""
+    unit = np.float32(call.unit)
+    for h in range(call.heads):
+        for t in range(count):
+            key = peek(places, 2 * TILE + t, I64) + h * call.key_scales_head
+            value = peek(places, 3 * TILE + t, I64) + h * call.value_scales_head
+            poke(scratch.key_scales, h * TILE + t, peek(call.key_scales, key, F32) * unit)
+            poke(scratch.value_scales, h * TILE + t, peek(call.value_scales, value, F32) * unit)
+
+
+@jit
+def _load_query(call: Any, at: int, target: int, factor: Any, kind: Any) -> None:
+    factors = splat(factor)
+    for x in range(0, call.dim, 16):
+        store(target, x, mul(load_part(call.query, at + x, kind, min(call.dim - x, 16)), factors))
+
+
+@jit
+def _load_queries(call: Any, b: int, tile: int, head: int, queries: int, target: int) -> None:
+    """Queries of a tile, scaled, as float32 [kv heads, queries, group, width]; zeros beyond the head dimension."""
     group, width = call.num_heads // call.num_kv_heads, (call.dim + 15) & -16
-    factor = call.scale / call.softcap if call.softcap > 0 else call.scale * LOG2_E
-    factors = splat(np.float32(factor))
-    for r in range(queries * group):
-        query, query_head = tile * call.rows_q + r // group, head * group + r % group
-        row = b * call.q_batch + query_head * call.q_head + query * call.q_token
-        for x in range(0, call.dim, 16):
-            part = load_part(call.query, row + x, kind, min(call.dim - x, 16))
-            store(target, r * width + x, mul(part, factors))
+    factor = np.float32(call.scale / call.softcap if call.softcap > 0 else call.scale * LOG2_E)
+    _, _, first = _queries(call, b)
+    for h in range(call.heads):
+        for r in range(queries * group):
+            query, query_head = tile * call.rows_q + r // group, (head + h) * group + r % group
+            at = first + query_head * call.q_head + query * call.q_token
+            if call.query_kind == 0:
+                _load_query(call, at, target, factor, F32)
+            elif call.query_kind == 1:
+                _load_query(call, at, target, factor, BF16)
+            else:
+                _load_query(call, at, target, factor, F16)
+            target += 4 * width
+
+
+@jit
+def _weigh(call: Any, b: int, tile: int, head: int, at: int, count: int, scratch: Any) -> None:
+    """Scores of a tile of tokens from `at` on become weights."""
+    position, queries, _, _ = _span(call, b, tile)
+    group, v_width = call.num_heads // call.num_kv_heads, (call.v_dim + 15) & -16
+    is_plain = call.softcap == 0 and call.slopes == 0 and call.bias == 0 and call.key_scales == 0
+    for q in range(queries):
+        p = position + q
+        first = max(_first_visible(call, b, p) - at, 0) if p >= 0 else count
+        end = min(p + 1 - at, count)
+        for h in range(call.heads):
+            scales = 4 * h * TILE
+            for g in range(group):
+                row, query_head = (h * queries + q) * group + g, (head + h) * group + g
+                scores = scratch.scores + 4 * row * TILE
+                if not is_plain:
+                    bias = (
+                        b * call.bias_batch + query_head * call.bias_head + (tile * call.rows_q + q) * call.bias_query
+                    )
+                    adjust(call, scores, scratch.key_scales + scales, query_head, bias, at, p, end)
+                weigh(row, first, end, v_width, scratch)
+                if call.value_scales != 0:
+                    rescale(scores, scratch.value_scales + scales, end)
 
 
 @jit
 def _walk(call: Any, b: int, tile: int, head: int, start: int, end: int, scratch: Any, kind: Any) -> None:
     """Running softmax of one query tile over the tokens [start, end) of a row; leaves sums and state in the scratch."""
-    query_rows, scores, sums, state, decay, keys, values, next_values = scratch
-    position, queries, _, _ = _span(call, b, tile)
-    group = call.num_heads // call.num_kv_heads
-    rows = queries * group
-    even = rows + (rows & 1)  # the row that is added has no effect, whatever it computes
-    sums[:even], decay[:even], query_rows[rows:even] = 0.0, 1.0, 0.0
-    state[:rows, 0], state[:rows, 1] = NEVER, 0.0
-    if call.is_wide:
-        _load_queries(call, b, tile, head, queries, query_rows.ctypes.data, F32)
-    else:
-        _load_queries(call, b, tile, head, queries, query_rows.ctypes.data, kind)
+    _, queries, _, _ = _span(call, b, tile)
+    rows = queries * (call.num_heads // call.num_kv_heads)
+    for x in range(0, rows * call.heads * ((call.v_dim + 15) & -16), 16):
+        store(scratch.sums, x, splat(F32))
+    for r in range(rows * call.heads):
+        poke(scratch.tops, r, np.float32(NEVER))
+        poke(scratch.totals, r, F32)
+    _load_queries(call, b, tile, head, queries, scratch.queries)
+    places, following = scratch.places, scratch.places + 8 * 4 * TILE
     count = min(TILE, end - start)
-    _locate(call, b, head, start, count, keys, values)
+    _locate(call, b, head, start, count, places)
     for at in range(start, end, TILE):
-        score(call, keys, count, values, query_rows.ctypes.data, even, scores.ctypes.data, kind)
-        for r in range(rows):
-            p = position + r // group
-            first = max(_first_visible(call, p) - at, 0) if p >= 0 else count
-            weigh(call.softcap, r, first, min(p + 1 - at, count), scores, state, decay)
+        if call.key_scales != 0:
+            _load_scales(call, places, count, scratch)
+        score(call, places, count, rows, scratch, kind)
+        _weigh(call, b, tile, head, at, count, scratch)
         next_count = min(TILE, end - at - TILE)
-        _locate(call, b, head, at + TILE, next_count, keys, next_values)
-        accumulate(call, values, count, keys, next_count, scores, even, sums.ctypes.data, decay, kind)
-        values, next_values, count = next_values, values, next_count
+        _locate(call, b, head, at + TILE, next_count, following)
+        accumulate(call, places, count, following, next_count, rows, scratch, kind)
+        places, following, count = following, places, next_count
 
 
 @jit
-def _finish(call: Any, b: int, query: int, head: int, top: float, total: float, sums: int, kind: Any) -> None:
-    """Writes one output row: the sums over the denominator, to which the sink of the head is added."""
+def _store_row(call: Any, row: int, sums: int, factor: Any, kind: Any) -> None:
+    for x in range(0, call.v_dim, 16):
+        store_part(call.out, row + x, mul(load(sums, x, F32), splat(factor)), kind, min(call.v_dim - x, 16))
+
+
+@jit
+def _write(call: Any, b: int, tile: int, head: int, r: int, top: float, total: float, sums: int) -> None:
+    """Writes row `r` of the tile of a kv head: the sums over the denominator, to which the sink of the head is added."""
+    group = call.num_heads // call.num_kv_heads
+    query_head = head * group + r % group
     factor = np.float32(1.0) / total if total != 0 else F32  # no key was seen, or the sum is NaN and stays so
     if call.sinks != 0 and total != 0:
-        sink = peek(call.sinks, head, F32) * np.float32(LOG2_E)
+        sink = peek(call.sinks, query_head, F32) * np.float32(LOG2_E)
         highest = max(top, sink)
         share = power(top - highest)
         factor = share / (total * share + power(sink - highest))
-    factors = splat(np.float32(factor))
-    row = ((b * call.q_len + query) * call.num_heads + head) * call.v_dim
-    for x in range(0, call.v_dim, 16):
-        store_part(call.out, row + x, mul(load(sums, x, F32), factors), kind, min(call.v_dim - x, 16))
-
-
-@jit
-def _write(call: Any, b: int, tile: int, head: int, r: int, top: float, total: float, sums: int, kind: Any) -> None:
-    """`_finish` for row `r` of a query tile, in the dtype of the output."""
-    group = call.num_heads // call.num_kv_heads
-    query, query_head = tile * call.rows_q + r // group, head * group + r % group
-    if call.is_wide:
-        _finish(call, b, query, query_head, top, total, sums, F32)
+    _, first, _ = _queries(call, b)
+    row = ((first + tile * call.rows_q + r // group) * call.num_heads + query_head) * call.v_dim
+    if call.query_kind == 0:
+        _store_row(call, row, sums, factor, F32)
+    elif call.query_kind == 1:
+        _store_row(call, row, sums, factor, BF16)
     else:
-        _finish(call, b, query, query_head, top, total, sums, kind)
+        _store_row(call, row, sums, factor, F16)
 
 
 @jit
 def _partial(call: Any, item: int, r: int) -> int:
     """Index of the partial result of row `r` of an item."""
-    rows = call.rows_q * (call.num_heads // call.num_kv_heads)
+    rows = call.rows_q * call.heads * (call.num_heads // call.num_kv_heads)
     return (item * rows + r) * (((call.v_dim + 15) & -16) + MORE)
 
 
 @jit
-def _leave(call: Any, item: int, rows: int, sums: Any, state: Any) -> None:
+def _leave(call: Any, item: int, rows: int, scratch: Any) -> None:
     """Stores the sums, the maximum and the sum of the weights of an item for the merge."""
-    width = sums.shape[1]
+    width = (call.v_dim + 15) & -16
     for r in range(rows):
         at = _partial(call, item, r)
         for x in range(0, width, 16):
-            store(call.partials, at + x, load(sums.ctypes.data, r * width + x, F32))
-        poke(call.partials, at + width, state[r, 0])
-        poke(call.partials, at + width + 1, state[r, 1])
+            store(call.partials, at + x, load(scratch.sums, r * width + x, F32))
+        poke(call.partials, at + width, peek(scratch.tops, r, F32))
+        poke(call.partials, at + width + 1, peek(scratch.totals, r, F32))
 
 
 @jit
-def _merge(call: Any, b: int, tile: int, head: int, rows: int, item: int, runs: int, sums: Any, kind: Any) -> None:
+def _merge(call: Any, b: int, tile: int, head: int, rows: int, item: int, runs: int, sums: int) -> None:
     """Adds up the partial results of all runs of a row, in order, from `item` on, and writes the output rows."""
-    width, address = sums.shape[1], sums.ctypes.data
-    for r in range(rows):
+    width, slices = (call.v_dim + 15) & -16, call.num_kv_heads // call.heads
+    for r in range(rows * call.heads):
         top = np.float32(NEVER)
         for run in range(runs):
-            at = _partial(call, item + run * call.num_kv_heads, r)
-            top = max(top, peek(call.partials, at + width, F32))
+            top = max(top, peek(call.partials, _partial(call, item + run * slices, r) + width, F32))
         total = F32
-        sums[0] = 0.0
+        for x in range(0, width, 16):
+            store(sums, x, splat(F32))
         for run in range(runs):
-            at = _partial(call, item + run * call.num_kv_heads, r)
+            at = _partial(call, item + run * slices, r)
             weight = power(peek(call.partials, at + width, F32) - top)
             total += weight * peek(call.partials, at + width + 1, F32)
             for x in range(0, width, 16):
-                more = mul(splat(weight), load(call.partials, at + x, F32))
-                store(address, x, add(load(address, x, F32), more))
-        _write(call, b, tile, head, r, top, total, address, kind)
+                store(sums, x, add(load(sums, x, F32), mul(splat(weight), load(call.partials, at + x, F32))))
+        _write(call, b, tile, head + r // rows, r % rows, top, total, sums)
+
+
+@jit
+def _run_length(call: Any, b: int) -> int:
+    """Tokens of a row that make an item; it depends on the row alone."""
+    q_len, _, _ = _queries(call, b)
+    tiles, length = (q_len + call.rows_q - 1) // call.rows_q, RUN
+    while length * MAX_RUNS < np.int64(peek(call.lens, b, I32)) * tiles:
+        length *= 2
+    return length
 
 
 @jit
 def _work(call: Any, address: int, kind: Any) -> None:
-    """Takes items until none is left. All threads run this at once; `address` is that of the call's counter."""
-    group = call.num_heads // call.num_kv_heads
-    most = call.rows_q * group + 1
-    sums, state = np.empty((most, (call.v_dim + 15) & -16), np.float32), np.empty((most, 2), np.float32)
-    query_rows, scores = np.empty((most, (call.dim + 15) & -16), np.float32), np.empty(most * TILE, np.float32)
-    keys, values, more_values = np.empty(TILE, np.int64), np.empty(TILE, np.int64), np.empty(TILE, np.int64)
-    scratch = (query_rows, scores, sums, state, np.empty(most, np.float32), keys, values, more_values)
+    """Takes items until none is left. All threads run this at once; `address` is that of the call's counters."""
+    group, slices = call.num_heads // call.num_kv_heads, call.num_kv_heads // call.heads
+    scratch = _scratch(call, atomic_add(address + 8, 1))
+    width = (call.v_dim + 15) & -16
     tiles = (call.q_len + call.rows_q - 1) // call.rows_q
-    unit, b, tile, queries, start, end, runs, length = -1, 0, 0, 0, 0, 0, 0, RUN  # a unit is a row's query tile
+    unit, b, tile, rows, start, end, runs, length = -1, 0, 0, 0, 0, 0, 0, RUN  # a unit is a row's query tile
     first_item = last_item = 0
     while True:
         item = atomic_add(address, 1)
         while item >= last_item:
             unit += 1
-            if unit == call.batch * tiles:
+            if unit >= call.batch * tiles:
                 return
             b, tile = unit // tiles, unit % tiles
             _, queries, start, end = _span(call, b, tile)
-            length = RUN
-            while length * MAX_RUNS < end:
-                length *= 2
-            runs = max((end - 1) // length - start // length + 1, 1)
-            first_item, last_item = last_item, last_item + runs * call.num_kv_heads
-        run, head = (item - first_item) // call.num_kv_heads, (item - first_item) % call.num_kv_heads
-        begin = (start // length + run) * length
+            rows, length = queries * group, _run_length(call, b)
+            runs = max((end - 1) // length - start // length + 1, 1) if queries > 0 else 0
+            first_item, last_item = last_item, last_item + runs * slices
+        run, piece = (item - first_item) // slices, (item - first_item) % slices
+        head, begin = piece * call.heads, (start // length + run) * length
         _walk(call, b, tile, head, max(start, begin), min(end, begin + length), scratch, kind)
-        rows = queries * group
         if runs == 1:
-            for r in range(rows):
-                _write(call, b, tile, head, r, state[r, 0], state[r, 1], sums[r:].ctypes.data, kind)
+            for r in range(rows * call.heads):
+                top, total = peek(scratch.tops, r, F32), peek(scratch.totals, r, F32)
+                _write(call, b, tile, head + r // rows, r % rows, top, total, scratch.sums + 4 * r * width)
             continue
-        _leave(call, item, rows, sums, state)
-        counter = call.done + 8 * (unit * call.num_kv_heads + head)
+        _leave(call, item, rows * call.heads, scratch)
+        counter = call.done + 8 * (unit * slices + piece)
         if atomic_add(counter, 1) == runs - 1:
             atomic_add(counter, -runs)  # ready for the next call
-            _merge(call, b, tile, head, rows, first_item + head, runs, sums, kind)
+            _merge(call, b, tile, head, rows, first_item + piece, runs, scratch.sums)
 
 
 _FILES = ("cpu_kernel.py", "cpu_tile.py", "simd.py", "simd_memory.py")

@@ -1,24 +1,38 @@
-"""One tile of the CPU kernel: scores, softmax and weighted sum of up to `TILE` tokens of one kv head.
+"""One tile of the CPU kernel: scores, softmax and weighted sum of up to `TILE` tokens of some kv heads.
 
-Rows are (query, head) pairs; they go two at a time, so that each element that was loaded serves two of them. While a
-tile is scored its values are fetched ahead, while its values are summed the keys of the next tile: reading blocks in
-random order is then as fast as reading memory in sequence.
+Rows are (kv head, query, head of its group); two rows of a kv head share each element that was loaded, the last one of
+an odd number goes with itself. Tokens come in the order of memory, a few of all heads before the next few, so that every
+page is visited once. While a tile is scored its values are fetched ahead, while its values are summed the next keys.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
-from paged_cache.kernels.simd import add, exp2, fma, lane_max, lane_sum, maximum, mul, splat, sub, tanh
-from paged_cache.kernels.simd_memory import load, load_part, prefetch, store, store_sums
+from paged_cache.kernels.simd import add, exp2, fma, lane_max, lane_sum, lanes, maximum, mul, splat, sub, tanh
+from paged_cache.kernels.simd_memory import load, load_part, peek, poke, prefetch, store, store_sums
 
 TILE = 64  # tokens per step of the running softmax
+STEP = 8  # tokens whose values are summed in registers
 LOG2_E = 1.4426950408889634
 NEVER = -1e30  # a score that weighs nothing; finite, so that differences of scores are never NaN
-F32 = np.float32(0)
+F32, I64 = np.float32(0), np.int64(0)
 
 jit: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+
+
+class Scratch(NamedTuple):
+    """Addresses of what a thread works with; widths are rounded up to 16. `scratch_floats` says how long each part is."""
+
+    queries: int  # float32 [rows, dim], scaled
+    sums: int  # float32 [rows, v_dim]
+    scores: int  # float32 [rows, TILE], later weights
+    tops: int  # float32 [rows]: maximum of the scores so far
+    totals: int  # float32 [rows]: sum of the weights so far
+    key_scales: int  # float32 [heads, TILE]
+    value_scales: int  # likewise
+    places: int  # int64 [2, 4, TILE]: element index of keys, values and their scales; this tile and the next one
 
 
 @jit
@@ -28,116 +42,142 @@ def power(x: float) -> Any:
 
 
 @jit
-def score(call: Any, keys: Any, count: int, values: Any, queries: int, rows: int, scores: int, kind: Any) -> None:
-    """scores[r, t] = q[r] . k[t], four tokens at a time.
-
-    `keys` and `values` hold element indices, padded to a multiple of four; `queries` (float32 [rows, width]) and `scores`
-    (float32 [rows, TILE]) are addresses; `rows` is even.
-    """
-    dim, base, line = call.dim, call.key, call.line
-    whole, width = dim & -16, (dim + 15) & -16
-    zero = splat(F32)
-    for t in range(0, count, 4):
-        for i in range(t, t + 4):
-            for x in range(0, call.v_dim, line):
-                prefetch(call.value, values[i] + x, kind)
-        k0, k1, k2, k3 = keys[t], keys[t + 1], keys[t + 2], keys[t + 3]
-        for r in range(0, rows, 2):
-            qa, qb = r * width, (r + 1) * width
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
-            for x in range(0, whole, 16):
-                a, b = load(queries, qa + x, F32), load(queries, qb + x, F32)
-                y0, y1 = load(base, k0 + x, kind), load(base, k1 + x, kind)
-                y2, y3 = load(base, k2 + x, kind), load(base, k3 + x, kind)
-                a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
-                b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
-            if whole < dim:
-                n = dim - whole
-                a, b = load(queries, qa + whole, F32), load(queries, qb + whole, F32)
-                y0, y1 = load_part(base, k0 + whole, kind, n), load_part(base, k1 + whole, kind, n)
-                y2, y3 = load_part(base, k2 + whole, kind, n), load_part(base, k3 + whole, kind, n)
-                a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
-                b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
-            store_sums(scores, r * TILE + t, a0, a1, a2, a3)
-            store_sums(scores, (r + 1) * TILE + t, b0, b1, b2, b3)
+def _fetch(base: int, at: int, lines: int, line: int, kind: Any) -> None:
+    for _ in range(lines):
+        prefetch(base, at, kind)
+        at += line
 
 
 @jit
-def weigh(softcap: float, row: int, first: int, end: int, scores: Any, state: Any, decay: Any) -> None:
-    """Running softmax of one row: its scores in [first, end) become weights, the other ones 0.
+def score(call: Any, places: int, count: int, rows: int, scratch: Any, kind: Any) -> None:
+    """scores[r, t] = queries[r] . k[t], four tokens at a time, of which the last ones may be one and the same."""
+    dim, base, line, queries = call.dim, call.key, call.line, scratch.queries
+    whole, width, values = dim & -16, (dim + 15) & -16, places + TILE * 8
+    lines = (call.v_dim + line - 1) // line
+    zero = splat(F32)
+    for t in range(0, count, 4):
+        for h in range(call.heads):
+            for i in range(t, t + 4):
+                _fetch(call.value, peek(values, i, I64) + h * call.value_head, lines, line, kind)
+            k0, k1 = peek(places, t, I64) + h * call.key_head, peek(places, t + 1, I64) + h * call.key_head
+            k2, k3 = peek(places, t + 2, I64) + h * call.key_head, peek(places, t + 3, I64) + h * call.key_head
+            for r in range(h * rows, (h + 1) * rows, 2):
+                s = min(r + 1, (h + 1) * rows - 1)
+                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zero
+                for x in range(0, whole, 16):
+                    a, b = load(queries, r * width + x, F32), load(queries, s * width + x, F32)
+                    y0, y1 = load(base, k0 + x, kind), load(base, k1 + x, kind)
+                    y2, y3 = load(base, k2 + x, kind), load(base, k3 + x, kind)
+                    a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
+                    b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
+                if whole < dim:
+                    n = dim - whole
+                    a, b = load(queries, r * width + whole, F32), load(queries, s * width + whole, F32)
+                    y0, y1 = load_part(base, k0 + whole, kind, n), load_part(base, k1 + whole, kind, n)
+                    y2, y3 = load_part(base, k2 + whole, kind, n), load_part(base, k3 + whole, kind, n)
+                    a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
+                    b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
+                store_sums(scratch.scores, r * TILE + t, s * TILE + t, a0, a1, a2, a3, b0, b1, b2, b3)
 
-    `state[row]` is (maximum, sum of the weights); `decay[row]` the factor on all that was summed before this tile.
+
+@jit
+def adjust(call: Any, scores: int, scales: int, head: int, bias: int, at: int, position: int, end: int) -> None:
+    """Scores of a row as the softmax takes them, in units of log 2: key scales, softcap, ALiBi and position bias.
+
+    `scores` and `scales` are addresses, those of the token at `at`, of which `end` count; `bias` is the element index of
+    the bias of the row's query, at `position`, on token 0.
     """
-    address, at = scores.ctypes.data, row * TILE
-    padded = (end + 15) & -16
-    decay[row] = 1.0
-    if end <= first:
-        scores[at : at + TILE] = 0.0
+    cap, log2_e = splat(np.float32(call.softcap * LOG2_E)), splat(np.float32(LOG2_E))
+    slope = peek(call.slopes, head, F32) * np.float32(LOG2_E) if call.slopes != 0 else F32
+    for t in range(0, end, 16):
+        x = load(scores, t, F32)
+        if call.key_scales != 0:
+            x = mul(x, load(scales, t, F32))
+        if call.softcap > 0:
+            x = mul(cap, tanh(x))
+        if call.slopes != 0:
+            x = fma(splat(slope), add(lanes(), splat(np.float32(at + t - position))), x)
+        if call.bias != 0:
+            x = fma(log2_e, load_part(call.bias, bias + at + t, F32, min(end, call.bias_len - at) - t), x)
+        store(scores, t, x)
+
+
+@jit
+def weigh(row: int, first: int, end: int, width: int, scratch: Any) -> None:
+    """Running softmax of one row: its scores in [first, end) become weights, the other ones 0."""
+    scores = scratch.scores + row * TILE * 4
+    last = (end + 15) & -16
+    for t in range(first if first < end else TILE):
+        poke(scores, t, np.float32(NEVER if first < end else 0.0))
+    if first >= end:
         return
-    if softcap > 0:
-        cap = splat(np.float32(softcap * LOG2_E))
-        for t in range(at, at + padded, 16):
-            store(address, t, mul(cap, tanh(load(address, t, F32))))
-    scores[at : at + first] = NEVER
-    scores[at + end : at + padded] = NEVER
-    scores[at + padded : at + TILE] = 0.0
-    best = load(address, at, F32)
-    for t in range(at + 16, at + padded, 16):
-        best = maximum(best, load(address, t, F32))
-    top = max(state[row, 0], lane_max(best))
+    for t in range(end, last):
+        poke(scores, t, np.float32(NEVER))
+    best = load(scores, 0, F32)
+    for t in range(16, last, 16):
+        best = maximum(best, load(scores, t, F32))
+    old = peek(scratch.tops, row, F32)
+    top = max(old, lane_max(best))
     tops, total = splat(top), splat(F32)
-    for t in range(at, at + padded, 16):
-        weights = exp2(sub(load(address, t, F32), tops))
+    for t in range(0, last, 16):
+        weights = exp2(sub(load(scores, t, F32), tops))
         total = add(total, weights)
-        store(address, t, weights)
-    decay[row] = power(state[row, 0] - top)
-    state[row, 0] = top
-    state[row, 1] = state[row, 1] * decay[row] + lane_sum(total)
+        store(scores, t, weights)
+    for t in range(last, TILE, 16):
+        store(scores, t, splat(F32))
+    before = peek(scratch.totals, row, F32)
+    if top != old:
+        decay = power(old - top)
+        before *= decay
+        poke(scratch.tops, row, top)
+        for x in range(row * width, (row + 1) * width, 16):
+            store(scratch.sums, x, mul(splat(decay), load(scratch.sums, x, F32)))
+    poke(scratch.totals, row, before + lane_sum(total))
+
+
+@jit
+def rescale(scores: int, scales: int, count: int) -> None:
+    """Weights of a row times the scales of the values."""
+    for t in range(0, count, 16):
+        store(scores, t, mul(load(scores, t, F32), load(scales, t, F32)))
 
 
 @jit
 def accumulate(
-    call: Any,
-    values: Any,
-    count: int,
-    keys: Any,
-    next_count: int,
-    scores: Any,
-    rows: int,
-    sums: int,
-    decay: Any,
-    kind: Any,
+    call: Any, places: int, count: int, following: int, next_count: int, rows: int, scratch: Any, kind: Any
 ) -> None:
-    """sums[r] = sums[r] * decay[r] + weights[r] @ V, 64 dimensions at a time.
-
-    `sums` is the address of float32 [rows, width]; `keys` are the `next_count` of the next tile.
-    """
-    v_dim, base, line = call.v_dim, call.value, call.line
-    wide, width = v_dim & -64, (v_dim + 15) & -16
-    for t in range(next_count):
-        for x in range(0, call.dim, line):
-            prefetch(call.key, keys[t] + x, kind)
-    for r in range(0, rows, 2):
-        da, db = splat(decay[r]), splat(decay[r + 1])
-        wa, wb = r * TILE, (r + 1) * TILE
-        for x in range(0, wide, 64):
-            at, bt = r * width + x, (r + 1) * width + x
-            a0, a1 = mul(da, load(sums, at, F32)), mul(da, load(sums, at + 16, F32))
-            a2, a3 = mul(da, load(sums, at + 32, F32)), mul(da, load(sums, at + 48, F32))
-            b0, b1 = mul(db, load(sums, bt, F32)), mul(db, load(sums, bt + 16, F32))
-            b2, b3 = mul(db, load(sums, bt + 32, F32)), mul(db, load(sums, bt + 48, F32))
-            for t in range(count):
-                v, a, b = values[t] + x, splat(scores[wa + t]), splat(scores[wb + t])
-                y0, y1 = load(base, v, kind), load(base, v + 16, kind)
-                y2, y3 = load(base, v + 32, kind), load(base, v + 48, kind)
-                a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
-                b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
-            store(sums, at, a0), store(sums, at + 16, a1), store(sums, at + 32, a2), store(sums, at + 48, a3)
-            store(sums, bt, b0), store(sums, bt + 16, b1), store(sums, bt + 32, b2), store(sums, bt + 48, b3)
-        for x in range(wide, v_dim, 16):
-            at, bt, n = r * width + x, (r + 1) * width + x, min(v_dim - x, 16)
-            a0, b0 = mul(da, load(sums, at, F32)), mul(db, load(sums, bt, F32))
-            for t in range(count):
-                y0 = load_part(base, values[t] + x, kind, n)
-                a0, b0 = fma(splat(scores[wa + t]), y0, a0), fma(splat(scores[wb + t]), y0, b0)
-            store(sums, at, a0), store(sums, bt, b0)
+    """sums[r] += weights[r] @ V, 64 dimensions and `STEP` tokens at a time; `following` are the places of the next tile."""
+    v_dim, base, line, sums, scores = call.v_dim, call.value, call.line, scratch.sums, scratch.scores
+    wide, width, values = v_dim & -64, (v_dim + 15) & -16, places + TILE * 8
+    lines = (call.dim + line - 1) // line
+    for t in range(0, count, STEP):
+        end = min(t + STEP, count)
+        for h in range(call.heads):
+            offset = h * call.value_head
+            for i in range(t, min(t + STEP, next_count)):
+                _fetch(call.key, peek(following, i, I64) + h * call.key_head, lines, line, kind)
+            for r in range(h * rows, (h + 1) * rows, 2):
+                s = min(r + 1, (h + 1) * rows - 1)
+                for x in range(0, wide, 64):
+                    at, bt = r * width + x, s * width + x
+                    a0, a1 = load(sums, at, F32), load(sums, at + 16, F32)
+                    a2, a3 = load(sums, at + 32, F32), load(sums, at + 48, F32)
+                    b0, b1 = load(sums, bt, F32), load(sums, bt + 16, F32)
+                    b2, b3 = load(sums, bt + 32, F32), load(sums, bt + 48, F32)
+                    for i in range(t, end):
+                        v = peek(values, i, I64) + offset + x
+                        a, b = splat(peek(scores, r * TILE + i, F32)), splat(peek(scores, s * TILE + i, F32))
+                        y0, y1 = load(base, v, kind), load(base, v + 16, kind)
+                        y2, y3 = load(base, v + 32, kind), load(base, v + 48, kind)
+                        a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
+                        b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
+                    store(sums, at, a0), store(sums, at + 16, a1), store(sums, at + 32, a2), store(sums, at + 48, a3)
+                    store(sums, bt, b0), store(sums, bt + 16, b1), store(sums, bt + 32, b2), store(sums, bt + 48, b3)
+                for x in range(wide, v_dim, 16):
+                    at, bt, n = r * width + x, s * width + x, min(v_dim - x, 16)
+                    a0, b0 = load(sums, at, F32), load(sums, bt, F32)
+                    for i in range(t, end):
+                        y0 = load_part(base, peek(values, i, I64) + offset + x, kind, n)
+                        a0 = fma(splat(peek(scores, r * TILE + i, F32)), y0, a0)
+                        b0 = fma(splat(peek(scores, s * TILE + i, F32)), y0, b0)
+                    store(sums, at, a0), store(sums, bt, b0)

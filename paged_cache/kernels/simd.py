@@ -86,18 +86,20 @@ def _larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def fold(builder, combine, x, y, half: int, width: int):
-    """Combines the two halves of every group of 2 * `half` lanes of x and y; `width` lanes are left."""
-    low = [i for i in range(2 * width) if i % (2 * half) < half]
-    shape = ir.VectorType(I32, width)
-    first = builder.shuffle_vector(x, y, ir.Constant(shape, low))
-    second = builder.shuffle_vector(x, y, ir.Constant(shape, [i + half for i in low]))
-    return combine(builder, first, second)
+def shuffle(builder, x, y, lanes):
+    """The given lanes of x and, from `LANES` on, y."""
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def _reduce(builder, combine, x):
     for half in (8, 4, 2, 1):
-        x = fold(builder, combine, x, x, half, half)
+        x = combine(
+            builder,
+            *(
+                builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, half), part))
+                for part in (list(range(half)), list(range(half, 2 * half)))
+            ),
+        )
     return builder.extract_element(x, I32(0))
 
 
@@ -129,6 +131,14 @@ def _tanh(builder, x):
     power = _exp2(builder, builder.fmul(x, constant(2.8853900817779268)))
     large = builder.fsub(constant(1.0), builder.fdiv(constant(2.0), builder.fadd(power, constant(1.0))))
     return builder.select(builder.fcmp_ordered("<", square, constant(0.09)), builder.fmul(x, small), large)
+
+
+@intrinsic
+def lanes(typingctx):
+    """0, 1, … 15."""
+    return vector(), lambda context, builder, signature, args: ir.Constant(
+        wide(FLOAT), [float(i) for i in range(LANES)]
+    )
 
 
 def _unary(emit, result=vector):

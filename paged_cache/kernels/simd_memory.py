@@ -1,7 +1,7 @@
 """Reading and writing memory for `simd.py`'s lanes.
 
 Addresses are plain int64, indices count elements. The type of `kind` chooses how an element is stored: float32, bfloat16
-(uint16 in numba) or float16 (int16).
+(uint16 in numba), float16 (int16), int8 or float8_e4m3fn (uint8; what is read is 2 ** -8 of it).
 """
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -15,15 +15,15 @@ from paged_cache.kernels.simd import (
     broadcast,
     call,
     emit_add,
-    fold,
     int_constant,
     intrinsic,
+    shuffle,
     vector,
     wide,
 )
 
-_HALF, _I16 = ir.HalfType(), ir.IntType(16)
-_STORED = {types.float32: FLOAT, types.uint16: _I16, types.int16: _HALF}
+_HALF, _I16, _I8 = ir.HalfType(), ir.IntType(16), ir.IntType(8)
+_STORED = {types.float32: FLOAT, types.uint16: _I16, types.int16: _HALF, types.int8: _I8, types.uint8: _I8}
 
 
 def _element_pointer(builder, address, index, element):
@@ -35,7 +35,23 @@ def _widen(builder, raw, kind):
     if kind == types.uint16:
         bits = builder.shl(builder.zext(raw, wide(I32)), int_constant(16))
         return builder.bitcast(bits, wide(FLOAT))
-    return builder.fpext(raw, wide(FLOAT)) if kind == types.int16 else raw
+    if kind == types.int8:
+        return builder.sitofp(raw, wide(FLOAT))
+    if kind == types.uint8:
+        raw = _half_from_e4m3(builder, raw)
+    return raw if kind == types.float32 else builder.fpext(raw, wide(FLOAT))
+
+
+def _half_from_e4m3(builder, raw):
+    """Exponent and mantissa fit into a half's as they are, which divides by 2 ** 8, subnormals included."""
+    bits = builder.shl(builder.sext(raw, wide(_I16)), _lanes(_I16, 7))
+    bits = builder.and_(bits, _lanes(_I16, 0xBFFF))
+    nan = builder.icmp_unsigned("==", builder.and_(raw, _lanes(_I8, 0x7F)), _lanes(_I8, 0x7F))
+    return builder.bitcast(builder.select(nan, _lanes(_I16, 0x7E00), bits), wide(_HALF))
+
+
+def _lanes(element, value):
+    return ir.Constant(wide(element), [value] * LANES)
 
 
 def _narrow(builder, value, kind):
@@ -81,7 +97,7 @@ def load_part(typingctx, address, index, kind, count):
         pointer = builder.bitcast(_element_pointer(builder, args[0], args[1], element), row.as_pointer())
         mask, zeros = _lanes_below(builder, args[3]), ir.Constant(row, None)
         align = I32(element.get_abi_size(context.target_data))
-        suffix = "f32" if element == FLOAT else "i16"
+        suffix = "f32" if element == FLOAT else f"i{element.width}"
         raw = call(builder, f"llvm.masked.load.v{LANES}{suffix}.p0", row, [pointer, align, mask, zeros])
         raw = builder.bitcast(raw, wide(_HALF)) if kind == types.int16 else raw
         return _widen(builder, raw, kind)
@@ -134,7 +150,7 @@ def prefetch(typingctx, address, index, kind):
 
 @intrinsic
 def peek(typingctx, address, index, kind):
-    """One number of the type of `kind` (int32 or float32)."""
+    """One number of the type of `kind`."""
 
     def codegen(context, builder, signature, args):
         return builder.load(_element_pointer(builder, args[0], args[1], context.get_value_type(kind)))
@@ -144,13 +160,13 @@ def peek(typingctx, address, index, kind):
 
 @intrinsic
 def poke(typingctx, address, index, number):
-    """Writes one float32."""
+    """Writes one number (int64 or float32)."""
 
     def codegen(context, builder, signature, args):
-        builder.store(args[2], _element_pointer(builder, args[0], args[1], FLOAT))
+        builder.store(args[2], _element_pointer(builder, args[0], args[1], args[2].type))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), codegen
+    return types.void(types.int64, types.int64, number), codegen
 
 
 @intrinsic
@@ -163,20 +179,34 @@ def address_of(typingctx, pointer):
     return types.int64(types.voidptr), codegen
 
 
+def _pairs(builder, x, y, size):
+    """x and y by turns in groups of `size` lanes: the first half of each four lanes plus the second."""
+    groups = [[i + j + from_ for from_ in (0, LANES) for j in range(size)] for i in range(0, 2, size)]
+    low = [quarter + i for quarter in range(0, LANES, 4) for group in groups for i in group]
+    return emit_add(builder, shuffle(builder, x, y, low), shuffle(builder, x, y, [i + 2 for i in low]))
+
+
+def _quads(builder, a, b, c, d):
+    """Four vectors as one: each four lanes hold partial sums of a, b, c and d."""
+    return _pairs(builder, _pairs(builder, a, b, 1), _pairs(builder, c, d, 1), 2)
+
+
 @intrinsic
-def store_sums(typingctx, address, index, a, b, c, d):
-    """Writes the lane sums of four vectors, side by side, as float32: one reduction tree for all four."""
+def store_sums(typingctx, address, first, second, a, b, c, d, e, f, g, h):
+    """Writes lane sums as float32: those of a, b, c, d from index `first` on, of e, f, g, h from `second` on."""
 
     def codegen(context, builder, signature, args):
-        ab, cd = (fold(builder, emit_add, x, y, 8, 16) for x, y in (args[2:4], args[4:6]))
-        sums = fold(builder, emit_add, ab, cd, 4, 16)  # four lanes of each vector
-        sums = fold(builder, emit_add, sums, sums, 2, 8)
-        sums = fold(builder, emit_add, sums, sums, 1, 4)
-        pointer = _element_pointer(builder, args[0], args[1], FLOAT)
-        builder.store(sums, builder.bitcast(pointer, sums.type.as_pointer()), align=4)
+        x, y = _quads(builder, *args[3:7]), _quads(builder, *args[7:11])
+        low = [i for i in range(2 * LANES) if i % 8 < 4]
+        x = emit_add(builder, shuffle(builder, x, y, low), shuffle(builder, x, y, [i + 4 for i in low]))
+        for index, lane in ((args[1], 0), (args[2], 8)):
+            parts = (shuffle(builder, x, x, list(range(i, i + 4))) for i in (lane, lane + 4))
+            sums = emit_add(builder, *parts)
+            pointer = _element_pointer(builder, args[0], index, FLOAT)
+            builder.store(sums, builder.bitcast(pointer, sums.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, vector, vector, vector, vector), codegen
+    return types.void(types.int64, types.int64, types.int64, *[vector] * 8), codegen
 
 
 @intrinsic

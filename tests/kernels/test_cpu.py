@@ -17,7 +17,10 @@ pytest.importorskip("numba")
 cpu = pytest.importorskip("paged_cache.kernels.cpu")
 
 RAGGED = (0, 1, 15, 16, 17, 37, 130, 1000)  # around one block, one tile of 64 tokens, one run of 256
-FEATURES = {"window": 24, "chunk": 48, "softcap": 2.0, "sinks": True}
+STARTS = (0, 0, 3, 15, 2, 20, 64, 900)
+FEATURES = {"window": 24, "chunk": 48, "softcap": 2.0, "sinks": True, "alibi": True, "bias": 8, "starts": STARTS}
+PACKED = (0, 1, 3, 0, 17, 5, 130, 700)  # new tokens of the rows of RAGGED
+CODES = (torch.int8, torch.float8_e4m3fn)
 TOLERANCE = {
     torch.float32: 2e-6,  # sums of up to 1000 terms in another order
     torch.bfloat16: 2**-8,  # half a unit in the last of 8 bits of the output
@@ -25,7 +28,7 @@ TOLERANCE = {
 }
 SHAPES = [
     *(Case(RAGGED, group=group) for group in (1, 3, 4, 8)),
-    *(Case(RAGGED, head_dim=dim) for dim in (8, 64, 80, 128)),
+    *(Case(RAGGED, head_dim=dim) for dim in (8, 64, 80, 96, 112, 128, 256)),
     Case(RAGGED, head_dim=192, v_head_dim=128),
     Case(RAGGED, head_dim=512, v_head_dim=64, group=8, num_kv_heads=1),
     *(Case(RAGGED, layout=layout) for layout in ("HND", "packed", "head_major", "odd")),
@@ -45,6 +48,25 @@ DTYPES = [
     for dtype in (torch.bfloat16, torch.float16)
     for q_len, options in ((1, {}), (9, FEATURES), (4, {"head_dim": 72, "v_head_dim": 40}))
 ]
+UNPACKED = {name: value for name, value in FEATURES.items() if name != "bias"}
+PACKS = [
+    *(Case(RAGGED, q_lens=PACKED, group=group) for group in (1, 3, 8)),
+    *(Case(RAGGED, q_lens=PACKED, group=3, head_dim=80, **{name: UNPACKED[name]}) for name in UNPACKED),
+    Case(RAGGED, q_lens=PACKED, layout="HND", dtype=torch.bfloat16, **UNPACKED),
+    Case(RAGGED, q_lens=(0,) * 8),
+]
+QUANTISED = [
+    Case(RAGGED, kv_dtype=kv_dtype, **options)
+    for kv_dtype in CODES
+    for options in (
+        *({"group": group, "head_dim": dim} for group, dim in ((1, 64), (3, 80), (8, 128))),
+        *({"layout": layout, "q_len": 9} for layout in ("NHD", "HND", "packed", "head_major", "odd")),
+        *({"dtype": dtype, "head_dim": 192, "v_head_dim": 40} for dtype in (torch.bfloat16, torch.float16)),
+        {"q_len": 9, **FEATURES},
+        {"q_lens": PACKED, **UNPACKED},
+    )
+]
+ONE_BIAS = [Case(RAGGED, q_len=4, bias=1), Case(RAGGED, q_len=4, bias=1, dtype=torch.bfloat16)]
 
 
 def check(inputs: Inputs, out: torch.Tensor) -> None:
@@ -57,7 +79,7 @@ def check(inputs: Inputs, out: torch.Tensor) -> None:
     torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("case", [*SHAPES, *SINGLE, *COMBINED, *DTYPES], ids=str)
+@pytest.mark.parametrize("case", [*SHAPES, *SINGLE, *COMBINED, *DTYPES, *PACKS, *QUANTISED, *ONE_BIAS], ids=str)
 def test_equals_the_reference(case: Case) -> None:
     """Every shape, layout, dtype and feature gives the exact result without reading what no query sees."""
     inputs = build(case)
@@ -80,45 +102,99 @@ def test_every_stored_number_is_read_and_written_exactly(dtype: torch.dtype) -> 
     assert torch.equal(values.flatten(), out.flatten())
 
 
-def test_half_precision_cache_under_float32_queries() -> None:
+@pytest.mark.parametrize("kv_dtype", CODES, ids=str)
+def test_every_code_is_read_exactly(kv_dtype: torch.dtype) -> None:
+    """All 256 bit patterns of 8 bits, subnormals and NaN included."""
+    values = torch.arange(256, dtype=torch.uint8).view(kv_dtype).view(4, 1, 1, 64)
+    table, scales = torch.arange(4, dtype=torch.int32)[:, None], torch.tensor([1.0, 0.5, 2.0, 3.0]).view(4, 1, 1)
+    ones = torch.ones(4, dtype=torch.int32)
+    keys = torch.zeros(4, 1, 1, 64, dtype=torch.int8).view(kv_dtype)
+
+    out = cpu.paged_attention(
+        torch.ones(4, 1, 1, 64), keys, values, table, ones, scale=1.0, key_scales=scales, value_scales=scales
+    )
+
+    torch.testing.assert_close(out, values.float() * scales[..., None], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_queries_and_cache_may_differ(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Queries and keys may differ in dtype; the output has that of the queries."""
-    inputs = build(Case(RAGGED, dtype=torch.bfloat16))
-    inputs = replace(inputs, query=inputs.query.float())
+    inputs = build(Case(RAGGED, dtype=kv_dtype, q_len=9))
+    inputs = replace(inputs, query=inputs.query.to(dtype))
 
     check(inputs, inputs.run(cpu.paged_attention))
 
 
-@pytest.mark.parametrize("q_len", [1, 9])
-def test_does_not_depend_on_where_blocks_lie(q_len: int) -> None:
+@pytest.mark.parametrize("length", [700, 1500])
+def test_a_bias_may_be_shorter_or_longer_than_the_table(length: int) -> None:
+    """A bias of any length that holds the longest row, with any strides of the other dimensions."""
+    inputs = build(Case((3, 700, 96), q_len=4, spare_blocks=9))
+    bias = torch.full((length, 8, 4, 1), float("nan")).permute(3, 1, 2, 0)
+    bias[..., :700] = torch.randn(1, 8, 4, 700)
+    inputs = replace(inputs, extras={"position_bias": bias})
+
+    check(inputs, inputs.run(cpu.paged_attention))
+
+
+@pytest.mark.parametrize("options", [{}, {"q_len": 9}, {"q_lens": PACKED}, {"kv_dtype": torch.int8}], ids=str)
+def test_does_not_depend_on_where_blocks_lie(options: dict) -> None:
     """Bit-equal after all blocks were moved to other places."""
-    inputs = build(Case(RAGGED, q_len=q_len))
+    inputs = build(Case(RAGGED, **options))
     order = torch.randperm(inputs.key_cache.shape[0])
     table = torch.where(inputs.block_table < 0, -1, order.argsort().int()[inputs.block_table.clamp(min=0)])
     moved = replace(
-        inputs, key_cache=inputs.key_cache[order], value_cache=inputs.value_cache[order], block_table=table.int()
+        inputs,
+        key_cache=inputs.key_cache[order],
+        value_cache=inputs.value_cache[order],
+        block_table=table.int(),
+        extras={name: x[order] if name.endswith("scales") else x for name, x in inputs.extras.items()},
     )
 
     assert torch.equal(inputs.run(cpu.paged_attention), moved.run(cpu.paged_attention))
 
 
-def test_does_not_depend_on_the_batch_or_the_threads() -> None:
-    """Bit-equal alone, in a batch, and with one thread."""
-    inputs = build(Case((1000, 300, 17, 5000)))
+@pytest.mark.parametrize("q_len", [1, 9, 300])
+def test_does_not_depend_on_the_batch_or_the_threads(q_len: int) -> None:
+    """Bit-equal alone, in a batch, with any number of threads and so with any number of heads per item."""
+    inputs = build(Case((1000, 300, 317, 5000), q_len=q_len, num_kv_heads=4, group=2))
     together = inputs.run(cpu.paged_attention)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        assert torch.equal(together, inputs.run(cpu.paged_attention))
+        for other in (1, 2, 7):
+            torch.set_num_threads(other)
+            assert torch.equal(together, inputs.run(cpu.paged_attention))
+            for row in range(4):
+                one = slice(row, row + 1)
+                alone = replace(
+                    inputs, query=inputs.query[one], block_table=inputs.block_table[one], seq_lens=inputs.seq_lens[one]
+                )
+
+                assert torch.equal(together[one], alone.run(cpu.paged_attention))
     finally:
         torch.set_num_threads(threads)
 
-    for row in range(4):
-        one = slice(row, row + 1)
-        alone = replace(
-            inputs, query=inputs.query[one], block_table=inputs.block_table[one], seq_lens=inputs.seq_lens[one]
-        )
 
-        assert torch.equal(together[one], alone.run(cpu.paged_attention))
+def test_packed_rows_are_those_of_the_padded_form() -> None:
+    """Bit-equal: rows of equal length, packed or not."""
+    inputs = build(Case((1000, 300, 17), q_len=9))
+    packed = replace(
+        inputs,
+        query=inputs.query.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2),
+        extras={"cu_seqlens_q": torch.arange(0, 28, 9, dtype=torch.int32)},
+    )
+
+    out = cpu.paged_attention(
+        packed.query,
+        inputs.key_cache,
+        inputs.value_cache,
+        inputs.block_table,
+        inputs.seq_lens,
+        **packed.options | {"max_q_len": 9},
+    )
+
+    assert torch.equal(inputs.run(cpu.paged_attention).flatten(0, 1), out[0])
 
 
 def test_says_why_a_call_is_not_taken() -> None:

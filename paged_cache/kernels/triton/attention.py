@@ -10,6 +10,7 @@ import triton.language as tl
 
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels.checks import check_shapes
+from paged_cache.kernels.quantized import LARGEST
 
 from . import config
 from .config import Config
@@ -18,7 +19,6 @@ from .launch import CachedLaunch
 from .plan import Shape
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-CODES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 INTERPRETED = not isinstance(attend_kernel, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run on CPU tensors."""
@@ -31,7 +31,7 @@ def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Te
     if (
         query.dtype not in TL_DTYPES
         or key_cache.dtype != value_cache.dtype
-        or key_cache.dtype not in {*TL_DTYPES, *CODES}
+        or key_cache.dtype not in {*TL_DTYPES, *LARGEST}
     ):
         return f"query is {query.dtype}, key cache {key_cache.dtype}, value cache {value_cache.dtype}"
     if not all(16 <= x.shape[-1] <= 256 for x in (key_cache, value_cache)):
@@ -123,16 +123,17 @@ def _launch(
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run the kernels on arguments that are known to be right. Shapes: see the kernels' parameters."""
-    rows, num_heads, num_tokens, _ = query.shape
+    rows, num_heads, num_tokens, k_dim = query.shape
     _, block_size, num_kv_heads, v_dim = value_cache.shape
     out = query.new_empty(rows, num_tokens, num_heads, v_dim)
     if out.numel() == 0:
         return out
     group, q_len = num_heads // num_kv_heads, num_tokens if max_q_len is None else max_q_len
-    dot_dtype = _dot_dtype(query.dtype, key_cache.dtype)
-    cut = _config(q_len * group, query, value_cache, dot_dtype)
     capacity, fixed = block_table.shape[1] * block_size, is_invariant()
-    fill = max(1, config.machine(query.device)[1] * cut.programs_per_sm // num_kv_heads)
+    capability, num_sms = config.machine(query.device)
+    num_rows = config.MAX_ROWS if fixed else min(config.MAX_ROWS, triton.next_power_of_2(q_len * group))
+    cut = config.choose(num_rows, k_dim, v_dim, query.dtype, key_cache.dtype, capability)
+    fill = max(1, num_sms * cut.programs_per_sm // num_kv_heads)
     shape = Shape(num_tokens, q_len, capacity, window, chunk, group, cut.rows, cut.tile, fill, fixed)
     lens, cu, starts = (_int32(x) for x in (seq_lens, cu_seqlens_q, kv_starts))
     plan = None if memo is None else memo.get(shape)
@@ -149,7 +150,8 @@ def _launch(
     grid, sizes = (plan.max_items * num_kv_heads, 1, 1), (plan.max_items, slot_rows, q_len)
     table, bias = _int32(block_table), _contiguous(position_bias)
     strides = (key_cache.stride(), value_cache.stride(), _strides(key_scales), _strides(value_scales))
-    attend = _attend(*strides, key_cache.dtype, dot_dtype, group, num_kv_heads, query.shape[3], v_dim, block_size, cut)
+    heads = group, num_kv_heads, k_dim, v_dim
+    attend = _attend(*strides, query.dtype, key_cache.dtype, *heads, block_size, cut, capability)
     attend(
         grid,
         out, parts, lse, query, _codes(key_cache), _codes(value_cache), table, lens, plan.work, cu, starts,
@@ -168,29 +170,21 @@ def is_invariant() -> bool:
     return os.environ.get("PAGED_CACHE_BATCH_INVARIANT") == "1"
 
 
-def _config(num_rows: int, query: torch.Tensor, value_cache: torch.Tensor, dot_dtype: tl.dtype) -> Config:
-    """How programs are cut for a call whose longest row has `num_rows` query rows: tokens x heads of a group."""
-    num_rows = config.MAX_ROWS if is_invariant() else min(config.MAX_ROWS, triton.next_power_of_2(num_rows))
-    capability, _ = config.machine(query.device)
-    return config.choose(
-        num_rows, query.shape[3], value_cache.shape[3], value_cache.dtype.itemsize, dot_dtype, capability
-    )
-
-
 @functools.cache
 def _attend(
     key_strides: tuple[int, ...],
     value_strides: tuple[int, ...],
     key_scale_strides: tuple[int, ...],
     value_scale_strides: tuple[int, ...],
+    query_dtype: torch.dtype,
     cache_dtype: torch.dtype,
-    dot_dtype: tl.dtype,
     group: int,
     num_kv_heads: int,
     k_dim: int,
     v_dim: int,
     block_size: int,
     cut: Config,
+    capability: int,
 ) -> CachedLaunch:
     """The launch of the kernel with these constants."""
     strides = {
@@ -203,8 +197,8 @@ def _attend(
     constants = {f"{name}_STRIDE_{axis}": x for name, of in strides.items() for axis, x in zip(axes, of, strict=False)}
     constants |= {"GROUP": group, "KV_HEADS": num_kv_heads, "K_DIM": k_dim, "V_DIM": v_dim}
     constants |= {"K_PAD": triton.next_power_of_2(k_dim), "V_PAD": triton.next_power_of_2(v_dim)}
-    constants |= {"BLOCK_SIZE": block_size, "ROWS": cut.rows, "TILE": cut.tile, "CODE": CODES.get(cache_dtype)}
-    constants |= {"DOT_DTYPE": dot_dtype, "INLINE": not INTERPRETED}
+    constants |= {"BLOCK_SIZE": block_size, "ROWS": cut.rows, "TILE": cut.tile, "CODE": _code(cache_dtype, capability)}
+    constants |= {"DOT_DTYPE": _dot_dtype(query_dtype, cache_dtype), "INLINE": capability > 0}
     options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages, "enable_fp_fusion": True}
     return CachedLaunch(attend_kernel, constants, **options)
 
@@ -215,10 +209,15 @@ def _merge(group: int, num_kv_heads: int, v_dim: int, rows: int) -> CachedLaunch
     return CachedLaunch(merge_kernel, constants | {"ROWS": rows, "SPLITS": 16}, num_warps=4, enable_fp_fusion=True)
 
 
-@functools.cache
+def _code(cache_dtype: torch.dtype, capability: int) -> str | None:
+    """What `codes.halves` calls the content of the cache."""
+    e4m3 = "e4m3" if capability >= 89 else "e4m3 bits"
+    return {torch.int8: "int8", torch.float8_e4m3fn: e4m3}.get(cache_dtype)
+
+
 def _dot_dtype(query: torch.dtype, cache: torch.dtype) -> tl.dtype:
     """What products are computed in: the wider of two floating point dtypes; codes of 8 bits are exact in float16."""
-    if cache in CODES:
+    if cache in LARGEST:
         return tl.float32 if query is torch.float32 else tl.float16
     dtype = torch.promote_types(query, cache)
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else TL_DTYPES[dtype]  # it gets bf16 products wrong

@@ -20,7 +20,7 @@ _INT8 = tl.constexpr("""{
     sub.f16x2 $0, $0, bias;
     sub.f16x2 $1, $1, bias;
 }""")  # code + 128 in the low byte of 1024.0 makes 1024 + 128 + code, and 0x6480 is 1152.0
-_E4M3 = tl.constexpr("""{
+_E4M3_BITS = tl.constexpr("""{
     .reg .b32 a, b, c, d;
     prmt.b32 a, $2, 0, 0x1404;
     prmt.b32 b, $2, 0, 0x3424;
@@ -31,19 +31,25 @@ _E4M3 = tl.constexpr("""{
     lop3.b32 $0, a, 0x80008000, c, 0xEA;
     lop3.b32 $1, b, 0x80008000, d, 0xEA;
 }""")  # each code in the high byte of a half; exponent and mantissa move down by one, the sign stays
+_E4M3 = tl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")  # from compute capability 8.9 on
 
 
 @triton.jit
 def halves(codes, CODE: tl.constexpr, INLINE: tl.constexpr):
-    """Codes as float16: "int8" as they are, "e4m3" (bytes) as 1 / `E4M3_TO_HALF` of their value, subnormals included.
+    """Codes as float16, subnormals included.
 
     Args:
-        codes: A tensor of int8, or of uint8 for e4m3, of a multiple of four elements per thread.
-        CODE: "int8" or "e4m3".
-        INLINE: Use the assembly; the interpreter has none.
+        codes: A tensor of int8, or of uint8 for e4m3, with a multiple of four elements per thread.
+        CODE: "int8", "e4m3", or "e4m3 bits": those are 1 / `E4M3_TO_HALF` of their value, on any GPU.
+        INLINE: Use the assembly. The interpreter has none, and no "e4m3".
     """
     if INLINE:
-        ASSEMBLY: tl.constexpr = _INT8 if CODE == "int8" else _E4M3
+        ASSEMBLY: tl.constexpr = _INT8 if CODE == "int8" else _E4M3 if CODE == "e4m3" else _E4M3_BITS
         # Not pure: a pure one may be moved behind the shared memory.
         result = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
     elif CODE == "int8":

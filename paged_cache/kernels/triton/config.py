@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
-MAX_ROWS = 64  # query rows of a program
+MAX_ROWS = 128  # query rows of a program
 TILE_BYTES = 32 * 1024  # K and V of one loop step; two are in flight, which leaves room for two programs per SM
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a program is cut."""
+    """How programs are cut."""
 
     rows: int  # query rows, a power of two
     tile: int  # keys per loop step, a power of two
@@ -24,29 +23,45 @@ class Config:
 
 @functools.cache
 def machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and number of multiprocessors; zeros of what is no GPU."""
+    """Compute capability (90 for 9.0), 0 of what is not NVIDIA's, and number of multiprocessors."""
     if device.type != "cuda":
         return 0, 1
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return 10 * major + minor if torch.version.hip is None else 0, num_sms
 
 
 @functools.cache
-def choose(num_rows: int, k_dim: int, v_dim: int, itemsize: int, dot_dtype: tl.dtype, capability: int) -> Config:
+def choose(
+    num_rows: int, k_dim: int, v_dim: int, query_dtype: torch.dtype, cache_dtype: torch.dtype, capability: int
+) -> Config:
     """The tiles of a call.
 
     Args:
         num_rows: Query rows (tokens x heads of a group) of the longest row, rounded up to a power of two.
         k_dim, v_dim: Head dimensions of keys and values.
-        itemsize: Bytes of a number in the cache.
-        dot_dtype: What products are computed in.
-        capability: Of the GPU, 90 for 9.0.
+        query_dtype, cache_dtype: Of the tensors.
+        capability: Of the GPU, 90 for 9.0; 0 for others than NVIDIA's.
     """
     k_pad, v_pad = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+    wide = max(k_pad, v_pad)
     tile = 64
-    while tile > 16 and tile * (k_pad + v_pad) * itemsize > TILE_BYTES:
+    # Codes of 8 bits become 16 on their way through shared memory.
+    while tile > 16 and tile * (k_pad + v_pad) * max(2, cache_dtype.itemsize) > TILE_BYTES:
         tile //= 2
-    if dot_dtype == tl.float32:  # without tensor cores, more rows would only spill registers
+    if capability == 0:
+        return Config(min(64, max(16, num_rows)), tile, 4, 2, 2)
+    if torch.float32 in (query_dtype, cache_dtype):  # without tensor cores, more rows would only spill registers
         return Config(16, tile, 8, 3, 2)
-    rows = min(MAX_ROWS, 8192 // max(k_pad, v_pad), max(16, num_rows))
-    return Config(rows, tile, 4 if rows * max(k_pad, v_pad) <= 8192 else 8, 3, 3 if rows == 16 else 2)
+    if num_rows <= 16:
+        num_warps = 2 if cache_dtype.itemsize == 1 and wide <= 128 else 4  # what converts 8 bits is issued less often
+        return Config(16, tile, num_warps, 3, max(2, min(6, 384 // wide)))
+    if num_rows == 32:
+        return Config(32, tile, 4, 3, 2)
+    if capability // 10 in (9, 10):  # 227 KiB of shared memory
+        if wide <= 128:
+            return Config(64, 64, 4, 3, 2)
+        return Config(min(128, num_rows), 32, 8, 3, 1) if v_pad > 128 else Config(min(128, num_rows), 64, 8, 2, 1)
+    if wide <= 128:
+        return Config(min(128, num_rows), 64, 8, 3, 1)
+    return Config(64 if v_pad <= 128 else 32, 32, 4, 3, 1)

@@ -75,7 +75,7 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    CODE: tl.constexpr,  # "int8", "e4m3" or None
+    CODE: tl.constexpr,  # see codes.halves, or None
     DOT_DTYPE: tl.constexpr,
     INLINE: tl.constexpr,
 ):
@@ -215,7 +215,7 @@ def attend_kernel(
                 key_scale_at = block_id * KEY_SCALE_STRIDE_BLOCK + in_block * KEY_SCALE_STRIDE_SLOT
                 key_scale_at += kv_head * KEY_SCALE_STRIDE_HEAD
                 key_scale = tl.load(key_scales_ptr + key_scale_at, mask=pos_ok, other=0.0)
-                if CODE == "e4m3":
+                if CODE == "e4m3 bits":
                     key_scale *= E4M3_TO_HALF
                 score *= key_scale[None, :]
             score *= factor
@@ -258,7 +258,7 @@ def attend_kernel(
                 largest_scale = tl.max(value_scale, 0)
                 largest_scale = tl.where(largest_scale == 0.0, 1.0, largest_scale)
                 prob = prob * (value_scale / largest_scale)[None, :]  # at most 1: right in float16
-                if CODE == "e4m3":
+                if CODE == "e4m3 bits":
                     largest_scale *= E4M3_TO_HALF
                 acc += tl.dot(prob.to(DOT_DTYPE), value, input_precision="ieee") * largest_scale
             else:
@@ -268,7 +268,7 @@ def attend_kernel(
     result = acc / total[:, None]
     out_ok = row_ok[:, None] & (v_dim < V_DIM)[None, :]
     out_row = (token_base + token) * (KV_HEADS * GROUP) + head
-    if part_ptr is not None:
+    if part_ptr is not None:  # noqa: SIM102  for the compiler; the other condition is for the program
         if slot >= 0:
             tl.store(part_ptr + part_row[:, None] * V_DIM + v_dim[None, :], result, mask=out_ok)
             tl.store(lse_ptr + part_row, top + tl.log2(total), mask=row_ok)

@@ -15,6 +15,7 @@ from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels import reference
 from paged_cache.kernels.quantized import LARGEST
 from paged_cache.kernels.triton import attention, plan
+from paged_cache.kernels.triton.attention import TL_DTYPES
 from tests.kernels.cases import Case, Inputs, build
 
 DEVICE = "cpu" if attention.INTERPRETED else "cuda"
@@ -174,6 +175,70 @@ def test_where_the_blocks_lie_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
         block_table=torch.where(table >= 0, where[table.long()], table),
     )
     assert torch.equal(run(inputs, monkeypatch), run(moved, monkeypatch))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, *LARGEST], ids=str)
+def test_the_batch_changes_no_bit(kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PAGED_CACHE_BATCH_INVARIANT, a row alone, in a batch, and packed with a prompt give the same bits."""
+    monkeypatch.setenv("PAGED_CACHE_BATCH_INVARIANT", "1")
+    case = Case(lens=(600, 37, 0, 130, 1, 64, 700, 15), num_kv_heads=1, dtype=torch.float16, kv_dtype=kv_dtype)
+    inputs = build(case, DEVICE)
+    together = inputs.run(attention.paged_attention)
+    for row in (0, 1, 6):
+        own = {name: getattr(inputs, name)[row : row + 1] for name in ("query", "block_table", "seq_lens")}
+        alone = replace(inputs, **own).run(attention.paged_attention)
+        assert torch.equal(alone[0], together[row])
+    prompt = torch.randn(1, case.num_heads, 30, case.head_dim, device=DEVICE).half()
+    packed = replace(
+        inputs,
+        query=torch.cat([prompt, inputs.query[6:7]], 2),
+        block_table=inputs.block_table[[3, 6]],
+        seq_lens=inputs.seq_lens[[3, 6]],
+        extras=inputs.extras | {"cu_seqlens_q": torch.tensor([0, 30, 31], device=DEVICE).int()},
+    )
+    packed = packed.query, packed.key_cache, packed.value_cache, packed.block_table, packed.seq_lens, packed.options
+    out = attention.paged_attention(*packed[:5], **packed[5], max_q_len=30)
+    assert torch.equal(out[0, 30], together[6, 0])
+
+
+@pytest.mark.parametrize("dtype", TL_DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+def test_every_code_is_exact(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """All finite codes are what they are as values, whatever their scale, and as keys."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes.where(codes.view(kv_dtype).float().isfinite(), 0).view(kv_dtype).view(16, 1, 1, 16)
+    exact, zeros = codes.double().view(16, 16), torch.zeros_like(codes.view(torch.uint8)).view(kv_dtype)
+    table, lens = torch.arange(16)[:, None].int(), torch.ones(16).int()
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, factor: float) -> torch.Tensor:
+        scales = torch.full(keys.shape[:3], factor)
+        tensors = (x.to(DEVICE) for x in (query.to(dtype), keys, values, table, lens * keys.shape[1]))
+        more = {name: scales.to(DEVICE) for name in ("key_scales", "value_scales")}
+        return attention.paged_attention(*tensors, scale=1.0, **more)[:, 0].cpu().double()
+
+    for factor in (1.0, 2.0**-20, 2.0**7):
+        out = attend(torch.ones(16, 1, 1, 16), zeros, codes, factor)
+        torch.testing.assert_close(out[:, 0], (exact * factor).to(dtype).double(), rtol=0, atol=0)
+
+    # Head h asks for element h, and so loudly that its score is 4 or -4 against the 0 of a second key.
+    query = torch.diag_embed(4 / exact.abs().where(exact != 0, 1)).view(16, 16, 1, 16).float()
+    keys = torch.cat([codes.view(torch.uint8), zeros.view(torch.uint8)], 1).view(kv_dtype)
+    values = torch.tensor([1, 0])[None, :, None, None].expand(16, 2, 1, 16).contiguous().to(kv_dtype)
+    out = attend(query, keys, values, 1.0)
+    torch.testing.assert_close(out[..., 0], torch.sigmoid(4 * exact.sign()), rtol=0.03, atol=0)
+
+
+def test_layers_of_a_step_share_the_work_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a memo there is one plan for all calls of the same shape, and another for another window."""
+    plans = []
+    make = plan.Shape.plan
+    monkeypatch.setattr(plan.Shape, "plan", lambda *args: plans.append(args) or make(*args))
+    inputs, memo = build(Case(), DEVICE), {}
+    tensors = (inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.seq_lens)
+    for window in (None, None, 200, None, 200):
+        out = attention.paged_attention(*tensors, **inputs.options | {"window": window}, memo=memo)
+        assert torch.equal(out, inputs.run(attention.paged_attention))
+    assert len(plans) == 2 + 5
 
 
 def test_a_nan_of_the_model_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--filter", default="", metavar="REGEX", help="of the names of lines")
     parser.add_argument("--quick", action="store_true", help="few lines, short: does it run, are the results right")
     parser.add_argument("--rehearse", action="store_true", help="--device cuda with small shapes, on the CPU")
-    parser.add_argument("--seconds", type=float, help="per line; 0.5 by default")
-    parser.add_argument("--budget", type=float, default=500, help="seconds after which no further line is begun")
+    parser.add_argument("--seconds", type=float, help="per line; 0.4 by default")
+    parser.add_argument("--budget", type=float, help="seconds after which no line is begun; 340 on a CPU, 500 on CUDA")
     parser.add_argument("--memory", type=float, help="GiB for one line; by default what is free, on a CPU 6 at most")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--cold", action="store_true", help="CPU: layers in turn, so that caches do not help")
@@ -64,7 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.settings = list(itertools.chain(*args.ablate))
     args.rehearse = args.rehearse and args.device == "cuda"
-    args.seconds = args.seconds or (0.05 if args.quick or args.rehearse else 0.5)
+    args.budget = args.budget or (340 if args.device == "cpu" else 500)
+    args.seconds = args.seconds or (0.05 if args.quick or args.rehearse else 0.4)
     if args.output is None and not (args.quick or args.rehearse or args.show):
         args.output = RESULTS / f"kernels_{args.device}.json"
     return args

@@ -20,6 +20,7 @@ Stopwatch = Callable[[], float]
 """Runs a candidate and returns the seconds of one call."""
 
 GIB = 2**30
+LONG = 0.02  # seconds
 MAX_LAYERS = 64  # that are used in turn
 
 
@@ -84,16 +85,21 @@ class Cpu:
         return int(0.8 * psutil.virtual_memory().available)
 
     def stopwatch(self, candidate: Candidate, num_layers: int) -> tuple[Stopwatch, Output, int]:
-        """Unless the caches are to be cold, an untimed call goes first: what fits is found where that one left it."""
-        layers = itertools.cycle(range(num_layers))
+        """Unless the caches are to be cold, an untimed call goes first: what fits is found where that one left it.
+
+        Calls that take long do without, as what they read does not fit, or does not matter.
+        """
+        layers, last = itertools.cycle(range(num_layers)), 0.0
 
         def sample() -> float:
+            nonlocal last
             layer = next(layers)
-            if not self.is_cold:
+            if not self.is_cold and last < LONG:
                 candidate(layer)
             start = time.perf_counter()
             candidate(layer)
-            return time.perf_counter() - start
+            last = time.perf_counter() - start
+            return last
 
         return sample, candidate(0), 0
 

@@ -68,12 +68,10 @@ def _write(
     SCALES_BLOCK: tl.constexpr,
     SCALES_SLOT: tl.constexpr,
     SCALES_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAD: tl.constexpr,  # DIM rounded up to a power of two
     LIMIT: tl.constexpr,  # the largest code
 ):
-    is_written = is_written & (head < HEADS)
     dim = tl.arange(0, PAD)
     mask = is_written[:, None] & (dim < DIM)[None, :]
     row = token * stride_token + head * stride_head
@@ -108,8 +106,10 @@ def _write_kernel(
     value_stride_head,
     value_stride_dim,
     slots_stride,
-    KEY: tl.constexpr,  # what `_write` is told of keys and of values
+    KEY: tl.constexpr,  # constants of `_write` for keys and for values
     VALUE: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -117,16 +117,18 @@ def _write_kernel(
     head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + token * slots_stride, mask=token < num_tokens, other=-1)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    _write(
-        keys_ptr, key_cache_ptr, key_scales_ptr, token, block, offset, head, slot >= 0,
-        key_stride_token, key_stride_head, key_stride_dim,
-        KEY[0], KEY[1], KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], KEY[9],
-    )  # fmt: skip
-    _write(
-        values_ptr, value_cache_ptr, value_scales_ptr, token, block, offset, head, slot >= 0,
-        value_stride_token, value_stride_head, value_stride_dim,
-        VALUE[0], VALUE[1], VALUE[2], VALUE[3], VALUE[4], VALUE[5], VALUE[6], VALUE[7], VALUE[8], VALUE[9],
-    )  # fmt: skip
+    if head < KEY_HEADS:
+        _write(
+            keys_ptr, key_cache_ptr, key_scales_ptr, token, block, offset, head, slot >= 0,
+            key_stride_token, key_stride_head, key_stride_dim,
+            KEY[0], KEY[1], KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8],
+        )  # fmt: skip
+    if head < VALUE_HEADS:
+        _write(
+            values_ptr, value_cache_ptr, value_scales_ptr, token, block, offset, head, slot >= 0,
+            value_stride_token, value_stride_head, value_stride_dim,
+            VALUE[0], VALUE[1], VALUE[2], VALUE[3], VALUE[4], VALUE[5], VALUE[6], VALUE[7], VALUE[8],
+        )  # fmt: skip
 
 
 # TRITON_INTERPRET was set when this file was imported: the kernels run on CPU tensors.
@@ -157,24 +159,28 @@ def write_kv(
     num_tokens = slot_mapping.shape[0]
     if not num_tokens:
         return
-    launch = _writer(_constants(key_cache, key_scales), _constants(value_cache, value_scales), key_cache.shape[1])
+    heads = key_cache.shape[2], value_cache.shape[2]
+    launch = _writer(
+        _constants(key_cache, key_scales), _constants(value_cache, value_scales), *heads, key_cache.shape[1]
+    )
     launch(
-        (triton.cdiv(num_tokens, TOKENS), max(key_cache.shape[2], value_cache.shape[2]), 1),
+        (triton.cdiv(num_tokens, TOKENS), max(heads), 1),
         keys.detach(), values.detach(), _bytes(key_cache), _bytes(value_cache), key_scales, value_scales,
         slot_mapping, num_tokens, *keys.stride(), *values.stride(), slot_mapping.stride(0),
     )  # fmt: skip
 
 
 def _constants(cache: torch.Tensor, scales: torch.Tensor | None) -> tuple[Any, ...]:
-    _, _, heads, dim = cache.shape
-    strides = (0, 0, 0) if scales is None else scales.stride()
-    return *cache.stride()[:3], *strides, heads, dim, triton.next_power_of_2(max(dim, 1)), LARGEST.get(cache.dtype, 0.0)
+    dim, strides = cache.shape[3], (0, 0, 0) if scales is None else scales.stride()
+    return *cache.stride()[:3], *strides, dim, triton.next_power_of_2(max(dim, 1)), LARGEST.get(cache.dtype, 0.0)
 
 
 @functools.cache
-def _writer(key: tuple[Any, ...], value: tuple[Any, ...], block_size: int) -> CachedLaunch:
-    constants = {"KEY": key, "VALUE": value, "BLOCK_SIZE": block_size, "TOKENS": TOKENS}
-    return CachedLaunch(_write_kernel, constants, enable_fp_fusion=True)
+def _writer(
+    key: tuple[Any, ...], value: tuple[Any, ...], key_heads: int, value_heads: int, block_size: int
+) -> CachedLaunch:
+    constants = {"KEY": key, "VALUE": value, "KEY_HEADS": key_heads, "VALUE_HEADS": value_heads}
+    return CachedLaunch(_write_kernel, constants | {"BLOCK_SIZE": block_size, "TOKENS": TOKENS}, enable_fp_fusion=True)
 
 
 @triton.jit

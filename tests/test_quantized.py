@@ -14,6 +14,8 @@ import paged_cache
 from paged_cache import BlockPool, InvalidRequestError, PagedCache, attention
 from paged_cache.kernels.quantized import dequantize, quantize
 from paged_cache.memory import storage
+from tests.architectures.runs import checks_of, run
+from tests.architectures.tiny import ARCHITECTURES, build
 from tests.models import KINDS, TokenCounter, assert_whole, maybe_patched, model, poisoned_pool, prompts
 
 ALWAYS = {"max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": None, "do_sample": False, "repetition_penalty": 1.5}
@@ -24,6 +26,10 @@ MODES = {
     "prefill in chunks": {"prefill_chunk_size": 7},
 }
 KV_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+UNUSUAL = [
+    "bloom", "mpt", "bamba", "zamba2", "minimax_m3_vl_text", "deepseek_v32", "minicpm3", "gemma3n_text", "mamba",
+    "s2s:t5", "s2s:bart",
+]  # fmt: skip
 both_ways = pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
 every_dtype = pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 
@@ -71,6 +77,24 @@ def test_every_kind_of_attention(kind, kv_dtype, patched):
     """Beams over a padded batch, on all kinds of K and V: windows, sinks, latents, states beside them."""
     pool = assert_same_tokens(model(kind), kv_dtype, patched, prompts(), **MODES["beams"])
     assert pool.stats().cow_copies > 0
+
+
+@both_ways
+@pytest.mark.parametrize("name", [name for name in UNUSUAL if name in ARCHITECTURES])
+def test_unusual_architectures(name, patched):
+    """ALiBi, biases, shared layers, states, indexers, latents, encoders: quantised where they use the pool."""
+    of, extra_inputs = build(name)
+    check = checks_of(name)[0]
+    rounded = RoundedCache(of.config.get_text_config(decoder=True), "int8")
+    expected = run(of, extra_inputs, check, rounded)
+    pool = poisoned_pool(of, kv_dtype="int8")
+    cache = PagedCache(pool)
+    with maybe_patched(of, patched):
+        tokens = run(of, extra_inputs, check, cache)
+    assert torch.equal(tokens, expected)
+    assert pool.kv_dtype is torch.int8
+    del cache
+    assert_whole(pool)
 
 
 @both_ways

@@ -29,13 +29,19 @@ class Machine:
     stack: int
     local: int
     shared: int  # bytes per program
+    num_warps: int
     instructions: tuple[str, ...]  # of SASS, as LDGSTS.E.BYPASS.128
+    loop: tuple[str, ...]  # those of the main loop, see `_main_loop`
     ttgir: str  # Triton's own last stage, which shows buffers
     hash: str  # the same for the same specialisation
 
     def count(self, pattern: str) -> int:
         """Instructions that match a regular expression from their start."""
         return sum(re.match(pattern, x) is not None for x in self.instructions)
+
+    def count_in_loop(self, pattern: str) -> int:
+        """The same in the main loop."""
+        return sum(re.match(pattern, x) is not None for x in self.loop)
 
 
 class _Target:
@@ -92,17 +98,41 @@ def _read(kernel, cubin: Path) -> Machine:
     usage = _tool("cuobjdump", "-res-usage", str(cubin))
     numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
     sass = _tool("nvdisasm", "-c", str(cubin))
-    instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+    instructions, jumps_back = _parse(sass)
     return Machine(
         name=kernel.metadata.name,
         registers=numbers["REG"],
         stack=numbers["STACK"],
         local=numbers["LOCAL"],
         shared=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
         instructions=tuple(instructions),
+        loop=_main_loop(instructions, jumps_back),
         ttgir=kernel.asm["ttgir"],
         hash=kernel.hash,
     )
+
+
+def _parse(sass: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and where they jump back: (last, first) instruction of each loop."""
+    instructions, labels, jumps_back = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_?\w+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        if found := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(.*)", line):
+            target = re.search(r"`\((\.L_?\w+)\)", found[2])
+            if found[1].startswith("BRA") and target and target[1] in labels:
+                jumps_back.append((len(instructions), labels[target[1]]))
+            instructions.append(found[1])
+    return instructions, jumps_back
+
+
+def _main_loop(instructions: list[str], jumps_back: list[tuple[int, int]]) -> tuple[str, ...]:
+    """Of the loops with most multiplications, on tensor cores where there are any, the shortest."""
+    has_mma = any(x.startswith(("HMMA", "HGMMA")) for x in instructions)
+    kinds = ("HMMA", "HGMMA") if has_mma else ("FFMA",)
+    loops = [tuple(instructions[first : last + 1]) for last, first in jumps_back]
+    return max(loops, key=lambda loop: (sum(x.startswith(kinds) for x in loop), -len(loop)), default=())
 
 
 def _tool(name: str, *args: str) -> str:

@@ -40,9 +40,7 @@ _CALL = np.dtype([(name, np.int64) for name in _INTEGERS])
 _PACK = struct.Struct(f"{2 * len(_INTEGERS)}q").pack_into
 
 _MAGNITUDE, _INFINITY, _OF_448 = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(0x43E00000)
-_ROUNDER = np.float32(
-    12582912.0
-)  # 1.5 * 2 ** 23: adding it to a small number leaves its nearest integer in the low bits
+_ROUNDER = np.float32(12582912)  # 1.5 * 2 ** 23: added to a small number it leaves the nearest integer in the low bits
 _jit: Any = numba.njit(error_model="numpy", forceinline=True)
 _intrinsic: Any = extending.intrinsic  # what it makes is called without `typingctx`
 _array: Any = numba.carray  # type: ignore[attr-defined]

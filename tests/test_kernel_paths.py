@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from paged_cache import PagedCache
+from paged_cache import PagedCache, attention
 from paged_cache.kernels import reference
 from tests.architectures.runs import NEW_TOKENS, dynamic_cache, run
 from tests.architectures.tiny import build
@@ -123,6 +123,22 @@ def test_chunks_of_a_prompt(kind, path, calls):
     del inputs
     assert calls == expected_calls(kind, path, one=2, several=3)
     assert_whole(pool)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_layers_of_a_step_share_a_memo(kind, monkeypatch):
+    """One per forward and kind of layer: what a kernel plans for the first layer serves the others."""
+    of, memos = tiny(kind)[0], []
+    kernel = attention.paged_attention
+    monkeypatch.setattr(
+        attention, "paged_attention", lambda *args, **kwargs: memos.append(kwargs["memo"]) or kernel(*args, **kwargs)
+    )
+    with maybe_patched(of, True):
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        of.generate(**prompts(), **options, past_key_values=PagedCache(poisoned_pool(of)))
+    num_kinds = len(set(getattr(of.config, "layer_types", None) or ["full"]))
+    assert len(memos) == 3 * of.config.num_hidden_layers
+    assert len({id(memo) for memo in memos}) == 3 * num_kinds
 
 
 @pytest.fixture

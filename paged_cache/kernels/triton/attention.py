@@ -90,9 +90,15 @@ def paged_attention(
     Raises:
         InvalidRequestError: Shapes do not fit each other, or `supports` gives a reason.
     """
-    options = {"window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    options: dict[str, Any] = {
+        "window": window,
+        "chunk": chunk,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+    }
     options |= {"position_bias": position_bias, "key_scales": key_scales, "value_scales": value_scales}
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "kv_starts": kv_starts}
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "kv_starts": kv_starts}
     check_shapes(query, key_cache, value_cache, block_table, seq_lens, **options, **lengths)
     if reason := supports(query, key_cache, value_cache, **options):
         raise InvalidRequestError(f"the Triton kernel does not take this call: {reason}")
@@ -135,7 +141,8 @@ def _launch(
     cut = config.choose(num_rows, k_dim, v_dim, query.dtype, key_cache.dtype, capability)
     fill = max(1, num_sms * cut.programs_per_sm // num_kv_heads)
     shape = Shape(num_tokens, q_len, capacity, window, chunk, group, cut.rows, cut.tile, fill, fixed)
-    lens, cu, starts = (_int32(x) for x in (seq_lens, cu_seqlens_q, kv_starts))
+    lens, table = _int32(seq_lens), _int32(block_table)
+    cu, starts = (None if x is None else _int32(x) for x in (cu_seqlens_q, kv_starts))
     plan = None if memo is None else memo.get(shape)
     if plan is None:
         plan = shape.plan(lens, cu, starts)
@@ -148,7 +155,7 @@ def _launch(
         parts = query.new_empty(plan.max_slots, num_kv_heads, slot_rows, v_dim, dtype=torch.float32)
         lse = query.new_empty(plan.max_slots, num_kv_heads, slot_rows, dtype=torch.float32)
     grid, sizes = (plan.max_items * num_kv_heads, 1, 1), (plan.max_items, slot_rows, q_len)
-    table, bias = _int32(block_table), _contiguous(position_bias)
+    bias = _contiguous(position_bias)
     strides = (key_cache.stride(), value_cache.stride(), _strides(key_scales), _strides(value_scales))
     heads = group, num_kv_heads, k_dim, v_dim
     attend = _attend(*strides, query.dtype, key_cache.dtype, *heads, block_size, cut, capability)
@@ -194,7 +201,9 @@ def _attend(
         "VALUE_SCALE": value_scale_strides,
     }
     axes = ("BLOCK", "SLOT", "HEAD")
-    constants = {f"{name}_STRIDE_{axis}": x for name, of in strides.items() for axis, x in zip(axes, of, strict=False)}
+    constants: dict[str, Any] = {
+        f"{name}_STRIDE_{axis}": x for name, of in strides.items() for axis, x in zip(axes, of, strict=False)
+    }
     constants |= {"GROUP": group, "KV_HEADS": num_kv_heads, "K_DIM": k_dim, "V_DIM": v_dim}
     constants |= {"K_PAD": triton.next_power_of_2(k_dim), "V_PAD": triton.next_power_of_2(v_dim)}
     constants |= {"BLOCK_SIZE": block_size, "ROWS": cut.rows, "TILE": cut.tile, "CODE": _code(cache_dtype, capability)}
@@ -223,8 +232,8 @@ def _dot_dtype(query: torch.dtype, cache: torch.dtype) -> tl.dtype:
     return tl.float32 if INTERPRETED and dtype is torch.bfloat16 else TL_DTYPES[dtype]  # it gets bf16 products wrong
 
 
-def _int32(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.int().contiguous()
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    return x.int().contiguous()
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

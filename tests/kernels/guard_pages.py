@@ -78,10 +78,7 @@ def main(side: str, *mistakes: str) -> None:
         inputs = guard_all(inputs, side)
         if mistakes:
             inputs.block_table[-1, 0] = -1 if side == "front" else inputs.key_cache.shape[0]
-        plan.Shape._budget = lambda shape, batch, num_tiles, case=case: (
-            num_tiles * case.num_splits,
-            130 // case.num_splits,
-        )
+        plan.Shape._budget = lambda shape, batch, num_tiles, splits=case.num_splits: (num_tiles * splits, 130 // splits)
         out = inputs.run(attention.paged_attention)
         torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
         print("right", case)  # noqa: T201

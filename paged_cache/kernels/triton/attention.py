@@ -16,7 +16,7 @@ from . import config
 from .config import Config
 from .kernel import attend_kernel, merge_kernel
 from .launch import CachedLaunch
-from .plan import Shape
+from .plan import Plan, Shape
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -143,11 +143,7 @@ def _launch(
     shape = Shape(num_tokens, q_len, capacity, window, chunk, group, cut.rows, cut.tile, fill, fixed)
     lens, table = _int32(seq_lens), _int32(block_table)
     cu, starts = (None if x is None else _int32(x) for x in (cu_seqlens_q, kv_starts))
-    plan = None if memo is None else memo.get(shape)
-    if plan is None:
-        plan = shape.plan(lens, cu, starts)
-        if memo is not None:
-            memo[shape] = plan
+    plan = _remember({} if memo is None else memo, shape, lens, cu, starts)
 
     parts = lse = None
     slot_rows = min(cut.rows, q_len * group)
@@ -170,6 +166,16 @@ def _launch(
     if plan.max_slots:
         _merge(group, num_kv_heads, v_dim, cut.rows)(grid, out, parts, lse, plan.work, cu, *sizes)
     return out
+
+
+def _remember(
+    memo: dict[Any, Any], shape: Shape, lens: torch.Tensor, cu: torch.Tensor | None, starts: torch.Tensor | None
+) -> Plan:
+    """The plan of a step, made by the first layer that asks for it."""
+    if shape not in memo:
+        memo[shape] = shape.plan(lens, cu, starts)
+    plan: Plan = memo[shape]
+    return plan
 
 
 def is_invariant() -> bool:

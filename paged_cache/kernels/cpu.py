@@ -18,6 +18,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core import event
 
 from paged_cache.kernels import cpu_kernel
 from paged_cache.kernels.checks import check_shapes
@@ -226,20 +227,37 @@ def _workspace(counters: int, partials: int, scratch: int) -> _Workspace:
     return workspace
 
 
+class _Announcement(event.Listener):
+    """Says what somebody waits for, before the wait. Without effect where the compiled kernel comes from the disk."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.is_said = dtype, False
+
+    def on_start(self, event: event.Event) -> None:
+        """Called for each of the functions that the kernel consists of."""
+        if not self.is_said:
+            self.is_said = True
+            logger.info("Compiling the CPU attention kernel for a %s cache, once: some seconds.", self.dtype)
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing to say: the kernel is not yet complete."""
+
+
 @functools.cache
 def _compile(dtype: torch.dtype) -> Callable[[int], None]:
     """The worker for keys and values of `dtype` as a C function, from numba's disk cache or compiled."""
     work, start = cpu_kernel.entry(_KINDS[dtype]), time.perf_counter()
     compiled: Any
-    try:
-        compiled = numba.cfunc("void(voidptr)", cache=True)(work)
-    except RuntimeError as error:
-        if "cache" not in str(error):
-            raise
-        logger.warning("The compiled CPU attention kernel is not kept for the next start: %s", error)
-        compiled = numba.cfunc("void(voidptr)")(work)
+    with event.install_listener("numba:compile", _Announcement(dtype)):
+        try:
+            compiled = numba.cfunc("void(voidptr)", cache=True)(work)
+        except RuntimeError as error:
+            if "cache" not in str(error):
+                raise
+            logger.warning("The compiled CPU attention kernel is not kept for the next start: %s", error)
+            compiled = numba.cfunc("void(voidptr)")(work)
     if not compiled.cache_hits:
-        logger.info("Compiled the CPU attention kernel for %s in %.1f s.", dtype, time.perf_counter() - start)
+        logger.info("Compiled the CPU attention kernel in %.1f s.", time.perf_counter() - start)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
 

@@ -1,10 +1,13 @@
 """The compiled CPU kernel against the reference in float64, on pools whose unused memory is poisoned."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ cpu = pytest.importorskip("paged_cache.kernels.cpu")
 RAGGED = (0, 1, 15, 16, 17, 37, 130, 1000)  # around one block, one tile of 64 tokens, one run of 256
 STARTS = (0, 0, 3, 15, 2, 20, 64, 900)
 FEATURES = {"window": 24, "chunk": 48, "softcap": 2.0, "sinks": True, "alibi": True, "bias": 8, "starts": STARTS}
-PACKED = (0, 1, 3, 0, 17, 5, 130, 700)  # new tokens of the rows of RAGGED
+PACKED = (0, 1, 3, 0, 17, 5, 70, 200)  # new tokens of the rows of RAGGED
 CODES = (torch.int8, torch.float8_e4m3fn)
 TOLERANCE = {
     torch.float32: 2e-6,  # sums of up to 1000 terms in another order
@@ -235,6 +238,49 @@ if child == 0:
     os._exit(0 if torch.equal(expected, inputs.run(cpu.paged_attention)) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
+
+
+def guard(*arguments: str) -> subprocess.CompletedProcess:
+    """Run `cpu_guard_pages.py` in a process of its own."""
+    pytest.importorskip("triton")  # guard_pages.py is shared with the tests of its kernels
+    script = Path(__file__).parent / "cpu_guard_pages.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, timeout=300, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect of the C library")
+@pytest.mark.parametrize("side", ["front", "back"])
+def test_touches_nothing_outside_its_tensors(side: str) -> None:
+    """No SIGSEGV with unmapped memory right before or behind all tensors, and one with a wrong block id."""
+    done, caught = guard(side), guard(side, "wrong-block")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right") == 6
+    assert caught.returncode == -signal.SIGSEGV
+
+
+COMPILES = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from paged_cache.kernels import cpu
+from tests.kernels.cases import Case, build
+build(Case(dtype=torch.bfloat16)).run(cpu.paged_attention)
+"""
+
+
+def test_compiling_is_announced_and_kept(tmp_path: Path) -> None:
+    """The first process says that it compiles before it does; the next one finds the kernel on the disk."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    first, second = (
+        subprocess.run([sys.executable, "-c", COMPILES], env=environment, timeout=300, capture_output=True, text=True)
+        for _ in range(2)
+    )
+
+    assert re.search(r"Compiling .* torch.bfloat16 .*\n.*Compiled", first.stderr)
+    assert second.returncode == 0
+    assert "ompil" not in second.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -91,7 +91,8 @@ def _plan_kernel(
             )  # fmt: skip
             all_keys += tiles.to(tl.int64) * keys
         share = tl.cdiv(tl.sum(all_keys, 0), tl.maximum(extra, 1).to(tl.int64))
-        split_len = tl.maximum(share, min_split).to(tl.int32)
+        # No tile has more than `capacity` keys; the share of a large batch may not fit into 32 bits.
+        split_len = tl.maximum(tl.minimum(share, capacity), min_split).to(tl.int32)
 
     # Every program walks over all rows, and fills in the items of its own that it meets.
     item = tl.program_id(0) * LANES + lane

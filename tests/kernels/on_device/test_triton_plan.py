@@ -164,3 +164,11 @@ def test_fixed_splits_depend_on_the_row_alone(lens: tuple[int, ...]) -> None:
     items = check(Rows(lens, (1,) * len(lens), fixed=True, fill=99))
     mine = [item for item in items if item["row"] == lens.index(1000)]
     assert [(item["num_splits"], item["split_len"]) for item in mine] == [(2, 512)] * 2
+
+
+def test_the_keys_of_a_batch_may_be_more_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2**32 + 16 keys and no items to spare: each row stays whole."""
+    monkeypatch.setattr(Shape, "_budget", lambda *_: (0, TILE))
+    lens = (2**30, 2**30, 2**30, 2**30, 16)
+    work = Rows(lens, (1,) * 5, packed=False).plan().work
+    assert work.T.tolist() == [[row, 0, 0, 1, length, -1] for row, length in enumerate(lens)]

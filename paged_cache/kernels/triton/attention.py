@@ -39,9 +39,8 @@ def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Te
     strides = [x.stride(-1) for x in (query, key_cache, value_cache)]
     if strides != [1, 1, 1]:
         return f"the last strides {strides} are not all 1"
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, options.get("position_bias"))
-    ):
+    trained = (query, *(options.get(name) for name in ("sinks", "alibi_slopes", "position_bias")))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
         return "it has no backward pass, and an argument requires grad"
     return None
 

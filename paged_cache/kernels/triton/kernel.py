@@ -236,10 +236,8 @@ def attend_kernel(
 
             new_top = tl.maximum(top, tl.max(score, 1))
             origin = new_top
-            if phase != 1:
-                origin = tl.where(
-                    new_top == float("-inf"), 0.0, new_top
-                )  # of a row that has seen nothing: no inf - inf
+            if phase != 1 or bias_ptr is not None:  # a row may have seen nothing: no inf - inf
+                origin = tl.where(new_top == float("-inf"), 0.0, new_top)
             prob = tl.exp2(score - origin[:, None])
             shrink = tl.exp2(top - origin)
             total = total * shrink + tl.sum(prob, 1)

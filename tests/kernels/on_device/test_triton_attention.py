@@ -241,6 +241,18 @@ def test_layers_of_a_step_share_the_work_list(monkeypatch: pytest.MonkeyPatch) -
     assert len(plans) == 2 + 5
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min], ids=str)
+def test_a_bias_hides_keys(hidden: float, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in tiles that all queries could see. With a bias of -inf on all its keys a query sees none: zeros."""
+    inputs = build(Case(lens=(250, 37), q_len=3, bias=2, num_splits=num_splits), DEVICE)
+    inputs.extras["position_bias"][0, ..., :130] = hidden
+    expected = inputs.double().run(reference.paged_attention)
+    inputs.extras["position_bias"][1, 2, 1] = -math.inf
+    expected[1, 1, 2] = 0.0
+    torch.testing.assert_close(run(inputs, monkeypatch).cpu().double(), expected, **TOLERANCES[torch.float32])
+
+
 def test_a_nan_of_the_model_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in a query comes out as NaN in its row and head, and only there; also through the merge."""
     inputs = build(Case(lens=(70, 6), num_splits=2), DEVICE)
@@ -277,8 +289,8 @@ REFUSED = {
     "head dimensions 8": changed(query=lambda x: x[..., :8], key_cache=lambda x: x[..., :8]),
     "and 512": changed(value_cache=lambda x: x.repeat(1, 1, 1, 8)),
     "last strides": changed(key_cache=lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)),
-    "no backward": changed(query=lambda x: x.detach().requires_grad_()),
 }
+WITH_GRADIENT = ("query", "sinks", "alibi_slopes", "position_bias")
 INVALID = {
     "differ in head_dim": changed(query=lambda x: x[..., :32]),
     "all but the last dimension": changed(value_cache=lambda x: x[1:]),
@@ -297,6 +309,17 @@ def test_supports_names_the_reason(reason: str) -> None:
     assert reason in attention.supports(inputs.query, inputs.key_cache, inputs.value_cache)
     with pytest.raises(InvalidRequestError, match=reason):
         inputs.run(attention.paged_attention)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_gradients_are_refused(name: str) -> None:
+    """Whichever argument wants one, but not where none is recorded."""
+    inputs = build(Case(lens=(5, 6), sinks=True, alibi=True, bias=1), DEVICE)
+    (inputs.query if name == "query" else inputs.extras[name]).requires_grad_()
+    with pytest.raises(InvalidRequestError, match="no backward"):
+        inputs.run(attention.paged_attention)
+    with torch.no_grad():
+        assert inputs.run(attention.paged_attention).isfinite().all()
 
 
 def test_supports_takes_what_the_matrix_covers() -> None:

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 E4M3_TO_HALF = tl.constexpr(256.0)
-"""An e4m3 code shifted into float16 is 2**-8 of its value: their exponents are biased by 7 and by 15."""
+"""An e4m3 code shifted into float16 is 2**-8 of its value: their exponents are biased by 7 and by 15.
+
+The two codes of NaN would become +-480: a cache does not hold them, its scales carry NaN.
+"""
 
 # Bytes 0 .. 3 of $2 -> float16 pairs $0 and $1, exactly.
 _INT8 = tl.constexpr("""{

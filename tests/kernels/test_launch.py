@@ -173,6 +173,22 @@ def test_kinds_are_at_least_as_fine_as_tritons(kernel: Any) -> None:
             assert add._kind(one) != add._kind(other), (one[1:], other[1:])
 
 
+def test_amd_kernels_depend_on_the_size_of_memory(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for tensors below 2 GiB have 32-bit offsets: larger ones need others."""
+    specialise = pytest.importorskip("triton.backends.amd.compiler").HIPBackend.get_tensor_specialization
+    add = CachedLaunch(kernel, CONSTANTS)
+    sizes = (64, 2**29 - 1, 2**29, 2**30)  # of float32
+    tensors = [torch.empty(size, device="meta") for size in sizes]
+    wanted = [specialise(x, align=True) for x in tensors]
+    assert wanted[0] == wanted[1] != wanted[2] == wanted[3]
+    for is_amd in (False, True):
+        monkeypatch.setattr(launch, "IS_AMD", is_amd)
+        kinds = [add._kind((X, x[:64], X, 64, 3, 0.5)) for x in tensors]
+        assert kinds[0] == kinds[1]
+        assert kinds[2] == kinds[3]
+        assert (kinds[1] != kinds[2]) == is_amd
+
+
 def test_kinds_are_not_much_finer(kernel: Any) -> None:
     """Integers come in few kinds, and those that are not specialised in two: 32 and 64 bits."""
     add = CachedLaunch(kernel, CONSTANTS)

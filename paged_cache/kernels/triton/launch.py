@@ -14,14 +14,16 @@ from triton.runtime.driver import driver
 
 IS_KNOWN = (3, 6) <= tuple(int(x) for x in triton.__version__.split(".")[:2]) <= (3, 9)
 """Whether `CompiledKernel.run` takes what is given to it here; with another Triton all launches are ordinary ones."""
+IS_AMD = torch.version.hip is not None
+"""Whether Triton also makes a difference between tensors below 2 GiB and others."""
 
 
 class CachedLaunch:
     """A kernel together with its constants: make one per static configuration, keep it, call it for every launch.
 
     The first call with arguments of a kind compiles as usual; later ones go to the compiled kernel at once. Arguments are
-    of one kind where Triton makes no difference: the same are None, tensors agree in dtype and 16-byte alignment, and
-    integers that are not in `do_not_specialize` agree in being 1 and in being divisible by 16. Under the interpreter, and
+    of one kind where Triton makes no difference: the same are None, tensors agree in dtype and 16-byte alignment (for AMD
+    also in whether their memory is below 2 GiB), and integers that are not in `do_not_specialize` agree in being 1 and in being divisible by 16. Under the interpreter, and
     while a debug setting or a hook is active, all launches are ordinary ones.
 
     Args:
@@ -88,6 +90,8 @@ class CachedLaunch:
             elif isinstance(x, torch.Tensor):
                 add(x.dtype)
                 add(x.data_ptr() & 15)
+                if IS_AMD:
+                    add(x.untyped_storage().size() < 2**31)
             elif type(x) is int:
                 is_int32 = -(2**31) <= x < 2**31
                 add((is_int32, x == 1, x & 15 == 0) if is_specialised else is_int32)

@@ -23,8 +23,9 @@ class CachedLaunch:
 
     The first call with arguments of a kind compiles as usual; later ones go to the compiled kernel at once. Arguments are
     of one kind where Triton makes no difference: the same are None, tensors agree in dtype and 16-byte alignment (for AMD
-    also in whether their memory is below 2 GiB), and integers that are not in `do_not_specialize` agree in being 1 and in being divisible by 16. Under the interpreter, and
-    while a debug setting or a hook is active, all launches are ordinary ones.
+    also in whether their memory is below 2 GiB), and integers that are not in `do_not_specialize` agree in being 1 and in
+    being divisible by 16. Under the interpreter, and while a debug setting or a hook is active, all launches are ordinary
+    ones.
 
     Args:
         kernel: A `triton.jit` function whose `tl.constexpr` parameters come last.

@@ -12,7 +12,8 @@ from .cache import PagedCache
 from .errors import InvalidRequestError
 from .prompt import Prompt
 from .reuse import row_keys, start_from_prefix
-from .state import PagedState, StepInputs
+from .state import WITH_CROSS_ATTENTION, PagedState
+from .step import StepInputs
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 
@@ -38,7 +39,8 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     """Opens the cache's step for a forward with these inputs and returns them without the tokens that it holds already.
 
     Raises:
-        InvalidRequestError: Right padding, another model's pool, or another number of rows; nothing was changed.
+        InvalidRequestError: Right padding, another model's pool, another number of rows, or an encoder-decoder's cache
+            without one for its cross attention; nothing was changed.
         OutOfBlocksError: The pool is too small; nothing was changed.
     """
     state = cache._state
@@ -50,6 +52,8 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
             "BlockPool.for_model(this_model)."
         )
     is_decoder = model.config.is_encoder_decoder
+    if is_decoder and not any(isinstance(inputs.get(name), EncoderDecoderCache) for name in CACHE_NAMES):
+        raise InvalidRequestError(f"{type(model).__name__} is an encoder-decoder; {WITH_CROSS_ATTENTION}")
     ids, mask = (inputs.get(f"decoder_{name}" if is_decoder else name) for name in ("input_ids", "attention_mask"))
     embeds = inputs.get("decoder_inputs_embeds" if is_decoder else "inputs_embeds")
     shape = _shape(ids, embeds)

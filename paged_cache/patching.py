@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import paged_attention_forward
-from .compat import base_model, decoder_config, logger, not_traced, uses_attention_interface
+from .compat import base_model, decoder_config, layer_configs, logger, not_traced, uses_attention_interface
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
@@ -84,7 +84,10 @@ class _Patch:
     def __init__(self, model: Any, copied_from: "_Before | None" = None) -> None:
         decoder = decoder_config(model)
         prior = copied_from.prior if copied_from else decoder._attn_implementation
-        lazy = model_spec(model.config).has_plain_attention and uses_attention_interface(model, decoder)
+        reason = _why_dense(model, decoder)
+        lazy = reason is None
+        if reason is not None:
+            logger.info("attention of %s runs on dense K and V: %s", type(model).__name__, reason)
         self._unregister = weakref.finalize(model, _unregister, _register(decoder, prior)) if lazy else None
         if self._unregister is not None:
             self._unregister.atexit = False
@@ -108,6 +111,17 @@ class _Patch:
             del model.forward
         if self._unregister is not None:
             self._unregister()
+
+
+def _why_dense(model: Any, decoder: PreTrainedConfig) -> str | None:
+    """Why attention of a model can never read blocks in place; None if it can."""
+    if not model_spec(model.config).has_plain_attention:
+        return "keys are chosen between cache and attention"
+    if not uses_attention_interface(model, decoder):
+        return "its layers write their attention out"
+    if any(getattr(config, "kv_lora_rank", None) is not None for config in layer_configs(decoder, 1)):
+        return "its keys and values are made from cached latents"
+    return None
 
 
 @dataclass(frozen=True)

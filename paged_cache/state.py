@@ -1,7 +1,6 @@
 """The rows of one cache and the forward that is under way."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,27 +11,12 @@ from .memory.growth import Growth
 from .memory.layout import LayerSpec
 from .memory.sequence import Sequence
 from .pool import BlockPool
-from .step import GroupStep, PagedView, Step, TableTensor
+from .step import GroupStep, PagedView, Step, StepInputs, TableTensor
 
-
-@dataclass
-class StepInputs:
-    """What is known of a forward before it runs.
-
-    Attributes:
-        batch, q_len: Shape of the new tokens.
-        pads: Per row the columns of left padding.
-        tokens: Per row the ids of the new tokens, padding left out; None if unknown or not to be shared.
-        lazy, is_regular, needs_weights: See `Step`.
-    """
-
-    batch: int
-    q_len: int
-    pads: list[int]
-    tokens: list[list[int]] | None = None
-    lazy: bool = False
-    is_regular: bool = False
-    needs_weights: bool = False
+WITH_CROSS_ATTENTION = (
+    "cross attention needs a cache of its own: EncoderDecoderCache(PagedCache(pool), DynamicCache())."
+)
+"""What an encoder-decoder takes as `past_key_values`."""
 
 
 @lru_cache(maxsize=1)
@@ -264,6 +248,12 @@ class PagedState:
             self.can_announce = False
             if self.length == 0:
                 self.clear()
+        if start == 0 and sum(length > 0 for length in self.layer_lengths.values()) == 1:
+            self.clear()
+            raise InvalidRequestError(
+                f"one layer brought K and V twice before layer {layer} brought any. In an encoder-decoder, "
+                f"{WITH_CROSS_ATTENTION} If the forward before this one failed, call again: the cache is as new."
+            )
         if start != self.length:
             raise PagedCacheError(
                 f"layer {layer} is at token {start}, the cache at {self.length}: an earlier forward failed half-way, or "

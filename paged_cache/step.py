@@ -97,6 +97,26 @@ class GroupStep:
 
 
 @dataclass
+class StepInputs:
+    """What is known of a forward before it runs.
+
+    Attributes:
+        batch, q_len: Shape of the new tokens.
+        pads: Per row the columns of left padding.
+        tokens: Per row the ids of the new tokens, padding left out; None if unknown or not to be shared.
+        lazy, is_regular, needs_weights: See `Step`.
+    """
+
+    batch: int
+    q_len: int
+    pads: list[int]
+    tokens: list[list[int]] | None = None
+    lazy: bool = False
+    is_regular: bool = False
+    needs_weights: bool = False
+
+
+@dataclass
 class Step:
     """One forward over all rows.
 

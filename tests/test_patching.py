@@ -11,6 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import paged_cache
 from paged_cache import PagedCache, attention, state
+from tests.architectures.tiny import build
 from tests.models import KINDS, model, poisoned_pool, prompts
 
 GREEDY = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -125,6 +126,20 @@ def test_hint_when_unpatched(caplog):
         for _ in range(2):
             of.generate(**prompts(), **GREEDY, past_key_values=PagedCache(pool))
     assert sum("patch(model)" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("name", "words"), [("bloom", "write their attention out"), ("deepseek_v3", "latents")])
+def test_dense_attention_is_announced(name, words, caplog):
+    """Patching a model whose attention never reaches a kernel says so, once, and why; an ordinary model says nothing."""
+    of, ordinary = build(name)[0], copy.deepcopy(model("llama"))
+    with caplog.at_level(logging.INFO, logger="paged_cache"):
+        for each in (of, of, ordinary):
+            paged_cache.patch(each)
+    paged_cache.unpatch(of)
+    paged_cache.unpatch(ordinary)
+    (message,) = [record.getMessage() for record in caplog.records if "dense" in record.getMessage()]
+    assert type(of).__name__ in message
+    assert words in message
 
 
 def test_reads_of_a_patched_cache_in_unknown_code():

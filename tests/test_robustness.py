@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import AttentionInterface
 
 import paged_cache
 from paged_cache import BlockPool, InvalidRequestError, OutOfBlocksError, PagedCache
+from tests.architectures.tiny import build
 from tests.models import assert_whole, maybe_patched, model, poisoned_pool, prompts
 from tests.test_prefix_reuse import expected, generate, lora, with_system
 
@@ -221,3 +222,20 @@ def test_slips_get_clear_errors():
     for words, slip in slips.items():
         with pytest.raises(InvalidRequestError, match=words):
             slip()
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["s2s:t5", "s2s:bart"])
+def test_encoder_decoders_need_a_second_cache(name, patched):
+    """A PagedCache alone is refused, the error says what to pass, and the cache works in it after that."""
+    of, _ = build(name)
+    pool = poisoned_pool(of)
+    inputs = {"input_ids": torch.randint(10, 80, (2, 40), generator=torch.Generator().manual_seed(3))}
+    want = of.generate(**inputs, **GREEDY)
+    with maybe_patched(of, patched):
+        cache = PagedCache(pool)
+        with pytest.raises(InvalidRequestError, match=r"EncoderDecoderCache\(PagedCache\(pool\), DynamicCache\(\)\)"):
+            of.generate(**inputs, **GREEDY, past_key_values=cache)
+        assert pool.num_free == pool.num_blocks
+        pair = EncoderDecoderCache(cache, DynamicCache())
+        assert torch.equal(of.generate(**inputs, **GREEDY, past_key_values=pair), want)

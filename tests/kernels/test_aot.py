@@ -53,6 +53,14 @@ CASES = {
     "float32": replace(LLAMA, dtype=torch.float32),
 }
 
+INT8_PROMPT = replace(PROMPT, kv_dtype=torch.int8)
+TIGHT = [  # what comes closest to using up the registers: case, dtype of the query, compute capability
+    *((replace(LLAMA, head_dim=256, kv_dtype=torch.int8), torch.float32, capability) for capability in (80, 90)),
+    *((LLAMA, torch.float32, capability) for capability in (80, 90)),
+    (replace(INT8_PROMPT, **LATENT), torch.bfloat16, 80),
+    (replace(INT8_PROMPT, head_dim=256), torch.bfloat16, 90),
+]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -123,6 +131,18 @@ def test_compiles_to_good_code(name: str, capability: int, folder: Path) -> None
     if triton.__version__ == table["triton"]:  # others compile differently
         wanted = table["instructions per KiB of keys and values"][f"{name}, sm_{capability}"]
         assert 0.9 * wanted <= instructions_per_kib(attend, case, cut.tile) <= 1.1 * wanted
+
+
+@pytest.mark.parametrize(("case", "query_dtype", "capability"), TIGHT, ids=str)
+def test_nothing_is_spilled(case: Case, query_dtype: torch.dtype, capability: int, folder: Path) -> None:
+    """Where the cache becomes a wider dtype on its way, that takes registers."""
+    inputs = build(case)
+    inputs = replace(inputs, query=inputs.query.to(query_dtype))
+    attend = aot.machine_code(lambda: launch(inputs, capability), capability, folder)[1]
+    assert attend.name == "attend_kernel"
+    assert attend.count_in_loop("FFMA" if query_dtype == torch.float32 else "HMMA") > 0
+    assert attend.stack == attend.local == 0
+    assert attend.shared <= SHARED[capability]
 
 
 def test_other_lengths_and_tables_do_not_recompile(folder: Path) -> None:

@@ -45,23 +45,27 @@ def choose(
     """
     k_pad, v_pad = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
     wide = max(k_pad, v_pad)
-    tile = 64
-    # Codes of 8 bits become 16 on their way through shared memory.
-    while tile > 16 and tile * (k_pad + v_pad) * max(2, cache_dtype.itemsize) > TILE_BYTES:
+    has_codes, is_float32 = cache_dtype.itemsize == 1, torch.float32 in (query_dtype, cache_dtype)
+    widens = is_float32 and cache_dtype is not torch.float32
+    # Codes of 8 bits become 16 on their way through shared memory; what becomes float32 is held in registers as well.
+    size, tile = 8 if widens else max(2, cache_dtype.itemsize), 64
+    while tile > 16 and tile * (k_pad + v_pad) * size > TILE_BYTES:
         tile //= 2
     if capability == 0:
         return Config(min(64, max(16, num_rows)), tile, 4, 2, 2)
-    if torch.float32 in (query_dtype, cache_dtype):  # without tensor cores, more rows would only spill registers
-        return Config(16, tile, 8, 3, 2)
+    if is_float32:  # without tensor cores, more rows would only spill registers, as would loads ahead in a wide loop
+        return Config(16, tile, 8, 1 if widens and wide > 128 else 3, 2)
     if num_rows <= 16:
-        num_warps = 2 if cache_dtype.itemsize == 1 and wide <= 128 else 4  # what converts 8 bits is issued less often
+        num_warps = 2 if has_codes and wide <= 128 else 4  # what converts 8 bits is issued less often
         return Config(16, tile, num_warps, 3, max(2, min(6, 384 // wide)))
     if num_rows == 32:
         return Config(32, tile, 4, 3, 2)
     if capability // 10 in (9, 10):  # 227 KiB of shared memory
         if wide <= 128:
             return Config(64, 64, 4, 3, 2)
-        return Config(min(128, num_rows), 32, 8, 3, 1) if v_pad > 128 else Config(min(128, num_rows), 64, 8, 2, 1)
+        if v_pad <= 128:
+            return Config(min(128, num_rows), 64, 8, 2, 1)
+        return Config(32, 32, 4, 3, 2) if has_codes else Config(min(128, num_rows), 32, 8, 3, 1)
     if wide <= 128:
         return Config(min(128, num_rows), 64, 8, 3, 1)
-    return Config(64 if v_pad <= 128 else 32, 32, 4, 3, 1)
+    return Config(64 if v_pad <= 128 and not has_codes else 32, 32, 4, 3, 1)

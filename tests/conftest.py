@@ -41,5 +41,4 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def kernel_choice() -> None:
     """Let every test choose its kernels by the environment anew."""
-    dispatch._preferred.cache_clear()
-    dispatch._said.clear()
+    dispatch.forget()

@@ -49,7 +49,7 @@ def refusal(problem: Problem) -> str | None:
         return None  # somebody does
     blocks, options = problem.blocks(0), problem.options | problem.scales(0)
     try:
-        kernel = importlib.import_module(f"paged_cache.kernels.{dispatch.KERNELS[name]}")
+        kernel = importlib.import_module(f"paged_cache.kernels.{name}")
     except ImportError as error:
         return str(error)
     reason: str | None = kernel.supports(problem.query, blocks.keys, blocks.values, **options)

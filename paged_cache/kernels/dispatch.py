@@ -1,9 +1,9 @@
-"""Chooses the kernel for a call of attention."""
+"""Chooses the kernel for a call."""
 
+import functools
 import importlib
 import logging
 import os
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 
 from ..errors import InvalidRequestError
 from . import reference
+from .checks import check_write
 
 logger = logging.getLogger("paged_cache")
 
 VARIABLE = "PAGED_CACHE_KERNEL"
-"""Environment variable that forces a kernel, by one of these names:"""
-KERNELS = {"reference": "reference", "triton": "triton", "cpu": "cpu"}
-"""Names of kernels, and their modules."""
+"""Environment variable that forces a kernel, by one of these names; it is read once:"""
+KERNELS = ("reference", "triton", "cpu")
 DEFAULTS = {"cuda": "triton", "cpu": "cpu"}
 """The kernel of each device type; the reference elsewhere."""
 
@@ -46,9 +46,9 @@ def paged_attention(
     """Attention over blocks, by the fastest kernel that takes the call; see `reference.paged_attention`.
 
     CUDA tensors go to Triton, CPU tensors to the compiled kernel, all else to the reference. The environment variable
-    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them; it is read once. The first call of each kind leaves a debug line; a
-    forced kernel that is not there or does not take a call leaves a warning. While `torch.compile` traces, the call becomes
-    an operator: see `ops`.
+    `PAGED_CACHE_KERNEL` (reference, triton or cpu) forces one of them. The first call of each kind leaves a debug line; a
+    forced kernel that is not there or does not take a call leaves a warning. While `torch.compile` traces, the call
+    becomes an operator: see `ops`.
 
     Raises:
         InvalidRequestError: Shapes do not fit each other, or `PAGED_CACHE_KERNEL` is no kernel.
@@ -75,6 +75,37 @@ def paged_attention(
     )
 
 
+def write_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """Writes new K and V into their slots, by the fastest kernel that takes the call; see `reference.write_kv`.
+
+    Raises:
+        InvalidRequestError: The new tensors, the caches, their scales and the slots do not fit each other.
+    """
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    check_write(keys, values, key_cache, value_cache, slot_mapping, **scales)
+    if torch.compiler.is_compiling():
+        torch.ops.paged_cache.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
+    else:
+        writer = _writer(key_cache.device)
+        writer.write_kv(keys, values, key_cache, value_cache, slot_mapping, **scales)
+
+
+def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], pairs: torch.Tensor) -> None:
+    """Copies whole blocks in all layers at once, by the kernel of the device of `pairs`; see `reference.copy_blocks`."""
+    if sources:
+        copier = torch.ops.paged_cache if torch.compiler.is_compiling() else _writer(pairs.device)
+        copier.copy_blocks(sources, destinations, pairs)
+
+
 def choose(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, options: dict[str, Any]
 ) -> ModuleType:
@@ -85,6 +116,13 @@ def choose(
         _said.add((kernel, reason))
         _say(kernel, reason, query, key_cache)
     return kernel if reason is None else reference
+
+
+def forget() -> None:
+    """Choose anew: the environment has changed."""
+    _preferred.cache_clear()
+    _writer.cache_clear()
+    _said.clear()
 
 
 _said: set[tuple[ModuleType, str | None]] = set()
@@ -109,14 +147,24 @@ def _in_graph(*tensors_and_options: Any) -> torch.Tensor:
     return attend(*tensors, **options)
 
 
-@cache
+@functools.cache
 def _preferred(device: torch.device) -> ModuleType:
-    """The kernel to ask first for tensors on a device; the environment is read once."""
+    """The kernel to ask first for tensors on a device."""
     name = os.environ.get(VARIABLE) or DEFAULTS.get(device.type, "reference")
     if name not in KERNELS:
         raise InvalidRequestError(f"{VARIABLE} is {name!r}; it has to be one of {', '.join(KERNELS)}.")
     try:
-        return importlib.import_module(f".{KERNELS[name]}", __package__)
+        return importlib.import_module(f".{name}", __package__)
     except ImportError as error:
         logger.warning("the %s kernel is not available (%s); attention runs on the torch reference", name, error)
         return reference
+
+
+@functools.cache
+def _writer(device: torch.device) -> ModuleType:
+    """What writes and copies blocks on a device: a module beside the kernel that reads them, if it can."""
+    kernel = _preferred(device)
+    if kernel is reference:
+        return reference
+    writer = importlib.import_module(".cache", kernel.__name__)
+    return writer if writer.supports(torch.empty(0, device=device)) is None else reference

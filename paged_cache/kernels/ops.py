@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, writes
+from . import dispatch
 
 library = torch.library.Library("paged_cache", "DEF")
 
@@ -35,8 +35,8 @@ def _attention(
 
 
 library.impl("attention", _attention, "CompositeExplicitAutograd")
-library.impl("write_kv", writes.write_kv, "CompositeExplicitAutograd")
-library.impl("copy_blocks", writes.copy_blocks, "CompositeExplicitAutograd")
+library.impl("write_kv", dispatch.write_kv, "CompositeExplicitAutograd")
+library.impl("copy_blocks", dispatch.copy_blocks, "CompositeExplicitAutograd")
 
 
 def _empty_result(

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from .checks import check_shapes
 from .quantized import LARGEST, dequantize, quantize
 
 
@@ -50,7 +52,7 @@ def paged_attention(
         sinks: `[num_heads]`, one extra logit per head in the softmax denominator (GPT-OSS).
         alibi_slopes: `[num_heads]`; `slope * (j - p)` is added to the scores (Press et al., "Train Short, Test Long").
         position_bias: `[1 or batch, num_heads, q_len, kv_len]` with `kv_len >= max(seq_lens)`, last dimension contiguous,
-            added to the scores (T5). Not in the packed form.
+            added to the scores (T5); -inf hides a key. Not in the packed form.
         kv_starts: int32 `[batch]`, keys before it are hidden: left padding that takes slots.
         key_scales: float32 `[num_blocks, block_size, num_kv_heads]`, any strides: the factor on each quantised key.
         value_scales: Likewise for values.
@@ -60,15 +62,22 @@ def paged_attention(
     Returns:
         `[batch, q_len, num_heads, v_head_dim]`, packed `[1, num_tokens, num_heads, v_head_dim]`, in the dtype of `query`,
         contiguous. Computed in float32, or in float64 if `query` is float64.
+
+    Raises:
+        InvalidRequestError: Shapes, dtypes or devices do not fit. Contents are trusted: ids in `block_table` that are no
+            blocks, or `cu_seqlens_q` that do not rise from 0 to `num_tokens`, lead a fast kernel out of its memory.
     """
+    options: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "window": window, "chunk": chunk}
+    options |= {"softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes, "position_bias": position_bias}
+    options |= {"kv_starts": kv_starts, "key_scales": key_scales, "value_scales": value_scales}
+    check_shapes(query, key_cache, value_cache, block_table, seq_lens, **options)
     if cu_seqlens_q is not None:
         assert max_q_len is not None
         columns = _columns(cu_seqlens_q, max_q_len, query.shape[2])
         packed, query = query, query.new_zeros(len(seq_lens), query.shape[1], max_q_len, query.shape[3])
         query[columns[0], :, columns[1]] = packed[0].transpose(0, 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    num_heads, q_len = query.shape[1], query.shape[2]
-    block_size, num_kv_heads = key_cache.shape[1], key_cache.shape[2]
+    (num_heads, q_len), (block_size, num_kv_heads) = query.shape[1:3], key_cache.shape[1:3]
     kv_len = block_table.shape[1] * block_size
     visible = visible_keys(seq_lens, q_len, kv_len, window, chunk, kv_starts)
     if cu_seqlens_q is not None:  # the columns before a row's own queries see nothing
@@ -76,25 +85,25 @@ def paged_attention(
 
     seen = visible.any(1)[..., None, None]  # [batch, kv_len, 1, 1]: the rest may be uninitialised memory
     table = block_table.long().clamp(min=0)
-    keys = _gather(key_cache, key_scales, table, dtype).masked_fill(~seen, 0.0)
-    values = _gather(value_cache, value_scales, table, dtype).masked_fill(~seen, 0.0)
     group = num_heads // num_kv_heads
-    keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
+    keys = _gather(key_cache, key_scales, table, dtype).masked_fill(~seen, 0.0).repeat_interleave(group, 2)
+    values = _gather(value_cache, value_scales, table, dtype).masked_fill(~seen, 0.0).repeat_interleave(group, 2)
 
     scores = torch.einsum("bhqd,bkhd->bhqk", query.to(dtype), keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores + alibi_slopes.to(dtype)[:, None, None] * _distances(seq_lens, q_len, kv_len)[:, None]
+    hidden = ~visible[:, None]
     if position_bias is not None:
-        length = min(kv_len, position_bias.shape[3])
-        scores[..., :length] += position_bias[..., :length].to(dtype)
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+        bias = F.pad(position_bias.to(dtype)[..., :kv_len], (0, max(kv_len - position_bias.shape[3], 0)))
+        scores, hidden = scores + bias, hidden | (bias == float("-inf"))
+    scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         sink = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     # A row of nothing but -inf becomes NaN, which is zeroed here; a NaN from the model stays visible.
-    probs = torch.softmax(scores, dim=-1)[..., :kv_len].masked_fill(~visible[:, None], 0.0)
+    probs = torch.softmax(scores, dim=-1)[..., :kv_len].masked_fill(hidden, 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", probs, values).to(query.dtype).contiguous()
     return out if cu_seqlens_q is None else out[columns[0], columns[1]][None]
 
@@ -143,9 +152,9 @@ def write_kv(
     places = slots // key_cache.shape[1], slots % key_cache.shape[1]
     for new, cache, scales in ((keys, key_cache, key_scales), (values, value_cache, value_scales)):
         if scales is None:
-            cache[places] = new[kept].to(cache.dtype)
+            cache[places] = new.detach()[kept].to(cache.dtype)
         else:
-            codes, scales[places] = quantize(new[kept], cache.dtype)
+            codes, scales[places] = quantize(new.detach()[kept], cache.dtype)
             _bytes(cache)[places] = _bytes(codes)
 
 

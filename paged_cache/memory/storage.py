@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import copy_blocks, write_kv
 from ..kernels.quantized import LARGEST, dequantize, quantize
-from ..kernels.writes import copy_blocks, write_kv
 from .layout import LayerSpec, PoolLayout
 
 ORDERS = {"cuda": "HND"}

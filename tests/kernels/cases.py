@@ -89,7 +89,7 @@ class Inputs:
         return replace(
             self,
             **{name: _double(getattr(self, name)) for name in names},
-            extras={name: _double(x) for name, x in self.extras.items()},
+            extras={name: x.cpu() if name.endswith("scales") else _double(x) for name, x in self.extras.items()},
         )
 
 

@@ -13,7 +13,7 @@ from paged_cache.kernels import reference
 from tests.kernels.guard_pages import guarded
 from tests.kernels.write_cases import KV_DTYPES, NUM_BLOCKS, SHAPES, Pool, assert_same, pool
 
-WRITERS = {"triton": "paged_cache.kernels.triton.cache", "cpu": "paged_cache.kernels.cpu_write"}
+WRITERS = {"triton": "paged_cache.kernels.triton.cache", "cpu": "paged_cache.kernels.cpu.cache"}
 NUM_TOKENS = 21  # the last program has tokens to leave out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from paged_cache.kernels import paged_attention, reference, writes
+from paged_cache.kernels import dispatch, paged_attention, reference
 from tests.kernels.cases import Case, build
 
 NAMES = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
@@ -88,7 +88,7 @@ def test_one_graph_for_all_lengths():
 
 def step(keys, values, slots, query, key_cache, value_cache, block_table, seq_lens):
     """What a layer does: write, then attend to what was written."""
-    writes.write_kv(keys, values, key_cache, value_cache, slots)
+    dispatch.write_kv(keys, values, key_cache, value_cache, slots)
     return paged_attention(query, key_cache, value_cache, block_table, seq_lens, scale=0.125).sin()
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import paged_cache
 from paged_cache import PagedCache
 from paged_cache.errors import InvalidRequestError
-from paged_cache.kernels import reference, writes
+from paged_cache.kernels import dispatch, reference
 from paged_cache.kernels.triton import cache
 from paged_cache.memory import storage
 from tests.kernels.write_cases import KV_DTYPES, NEW_DTYPES, SHAPES, assert_same, bits, check, pool
@@ -140,8 +140,8 @@ def test_the_dispatcher_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "copy_blocks", lambda *_: calls.append("copy"))
     new = torch.zeros(1, 2, 64, device=DEVICE)
     slots = torch.tensor([0], device=DEVICE)
-    pool(torch.float32, "NHD", 4, (2, 2), (64, 64), DEVICE).write(writes.write_kv, new, new, slots)
-    writes.copy_blocks([new], [new], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
+    pool(torch.float32, "NHD", 4, (2, 2), (64, 64), DEVICE).write(dispatch.write_kv, new, new, slots)
+    dispatch.copy_blocks([new], [new], torch.zeros(1, 2, dtype=torch.int64, device=DEVICE))
     assert calls == ["write", "copy"]
 
 

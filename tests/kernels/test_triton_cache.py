@@ -107,3 +107,14 @@ def test_the_guard_pages_catch_a_mistake(writer: str, side: str, mistake: str) -
     """The test above can fail: one slot or block just outside the pool, and the process dies of it."""
     done = guarded(writer, side, mistake)
     assert done.returncode == -11, done.stdout + done.stderr
+
+
+def test_addresses_are_sent_without_waiting() -> None:
+    """From pinned memory, once for each stream: another stream would not wait for them."""
+    cache._addresses.cache_clear()
+    with mock.patch.object(torch, "tensor") as tensor:
+        sent = [cache._addresses((3, 4), torch.device("cuda", 0), stream) for stream in ("one", "two", "one")]
+    assert [call.kwargs["pin_memory"] for call in tensor.call_args_list] == [True, True]
+    tensor.return_value.to.assert_called_with(torch.device("cuda", 0), non_blocking=True)
+    assert sent[0] is sent[2]
+    cache._addresses.cache_clear()

@@ -1,7 +1,8 @@
 """K and V into blocks, and blocks to other blocks, in Triton.
 
 From top to bottom: the kernel that writes tokens and what it is made of, its launcher; the kernel that copies blocks, its
-launcher. Neither waits for the device.
+launcher. Neither waits for the device. A CUDA graph may capture writes, but no copies: the addresses of their tensors
+come from the host.
 """
 
 import functools
@@ -226,7 +227,8 @@ def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], p
         if not num_bytes or not len(pairs):
             continue
         launch = _copier(num_bytes, source_stride, destination_stride, alignment)
-        from_, to = (_addresses(x, pairs.device) for x in zip(*members, strict=True))
+        stream = torch.cuda.current_stream(pairs.device) if pairs.is_cuda else None
+        from_, to = (_addresses(x, pairs.device, stream) for x in zip(*members, strict=True))
         launch((len(pairs), triton.cdiv(num_bytes, CHUNK), len(members)), from_, to, pairs.contiguous())
 
 
@@ -246,8 +248,10 @@ def _geometry(source: torch.Tensor, destination: torch.Tensor, addresses: tuple[
 
 
 @functools.lru_cache(64)  # an address says all that the tensor holds: an entry cannot become wrong
-def _addresses(addresses: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+def _addresses(addresses: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """int64 on the device, for use on this stream, which alone waits for them."""
+    on_host = torch.tensor(addresses, dtype=torch.int64, pin_memory=stream is not None)
+    return on_host.to(device, non_blocking=True)
 
 
 @functools.cache

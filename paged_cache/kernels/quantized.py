@@ -27,3 +27,8 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The inverse: `codes` `[..., dim]` times `scale` `[...]`, in `dtype`."""
     return codes.to(dtype) * scale.to(dtype)[..., None]
+
+
+def as_bytes(cache: torch.Tensor) -> torch.Tensor:
+    """The same memory, e4m3 as uint8: torch cannot index float8, and not every GPU knows it."""
+    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache

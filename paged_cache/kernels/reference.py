@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import check_shapes
-from .quantized import LARGEST, dequantize, quantize
+from .quantized import as_bytes, dequantize, quantize
 
 
 def paged_attention(
@@ -155,7 +155,7 @@ def write_kv(
             cache[places] = new.detach()[kept].to(cache.dtype)
         else:
             codes, scales[places] = quantize(new.detach()[kept], cache.dtype)
-            _bytes(cache)[places] = _bytes(codes)
+            as_bytes(cache)[places] = as_bytes(codes)
 
 
 def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], pairs: torch.Tensor) -> None:
@@ -167,20 +167,15 @@ def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], p
         pairs: int64 `[num_pairs, 2]`, source and destination block. No block is both; destinations are all different.
     """
     for source, destination in zip(sources, destinations, strict=True):
-        _bytes(destination).index_copy_(0, pairs[:, 1], _bytes(source).index_select(0, pairs[:, 0]))
+        as_bytes(destination).index_copy_(0, pairs[:, 1], as_bytes(source).index_select(0, pairs[:, 0]))
 
 
 def _gather(cache: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[batch, kv_len, num_kv_heads, dim]` of what a table names."""
     if scales is None:
         return cache[table].flatten(1, 2).to(dtype)
-    codes = _bytes(cache)[table].view(cache.dtype)
+    codes = as_bytes(cache)[table].view(cache.dtype)
     return dequantize(codes, scales[table], dtype).flatten(1, 2)
-
-
-def _bytes(cache: torch.Tensor) -> torch.Tensor:
-    """Indexing is not there for float8: the same memory as a dtype that has it."""
-    return cache.view(torch.uint8) if cache.dtype in LARGEST else cache
 
 
 def _columns(cu_seqlens_q: torch.Tensor, max_q_len: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

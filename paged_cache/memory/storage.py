@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import copy_blocks, write_kv
-from ..kernels.quantized import LARGEST, dequantize, quantize
+from ..kernels.quantized import LARGEST, as_bytes, dequantize, quantize
 from .layout import LayerSpec, PoolLayout
 
 ORDERS = {"cuda": "HND"}
@@ -106,7 +106,7 @@ class KVStorage:
         if self.kv_dtype in LARGEST:
             codes, scale = quantize(codes, self.kv_dtype)
         for slab in self._slabs:
-            _bytes(slab)[blocks] = _bytes(codes.to(slab.dtype) if slab.dtype is self.kv_dtype else scale)
+            as_bytes(slab)[blocks] = as_bytes(codes.to(slab.dtype) if slab.dtype is self.kv_dtype else scale)
 
     def relayout(self, layout: PoolLayout) -> None:
         """Moves to another layout of the same layers, with the content of those whose shapes stay."""
@@ -172,18 +172,13 @@ class KVStorage:
         if flat is not None and scales is None:
             return flat.index_select(0, slots).to(self.dtype)
         places = slots // self.block_size, slots % self.block_size
-        found = _bytes(blocks)[places].view(self.kv_dtype)
+        found = as_bytes(blocks)[places].view(self.kv_dtype)
         return (found if scales is None else dequantize(found, scales[places])).to(self.dtype)
 
 
 def itemsizes(kv_dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of an element of K and V, and of the scale of each key and value (0 where there are none)."""
     return kv_dtype.itemsize, torch.float32.itemsize if kv_dtype in LARGEST else 0
-
-
-def _bytes(slab: torch.Tensor) -> torch.Tensor:
-    """Indexing is not there for float8: the same memory as a dtype that has it."""
-    return slab.view(torch.uint8) if slab.dtype is torch.float8_e4m3fn else slab
 
 
 def _flat(blocks: torch.Tensor) -> torch.Tensor | None:

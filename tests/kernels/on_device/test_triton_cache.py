@@ -123,6 +123,20 @@ def test_swaps_with_pinned_memory() -> None:
         assert not x[[0, 1, 3, 4]].any()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
+def test_copies_wait_for_nothing() -> None:
+    """Not even for the addresses on their way to the device."""
+    layers, pairs = slabs([(6, 64)] * 3), torch.tensor([[1, 2]], device=DEVICE)
+    cache.copy_blocks(layers, layers, pairs)  # compiles
+    cache._addresses.cache_clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.copy_blocks(layers, layers, pairs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(layer[1], layer[2]) for layer in layers)
+
+
 def test_blocks_with_gaps_are_refused() -> None:
     """What cannot be copied as it lies is not copied at all."""
     gaps, plain = slabs([(6, 4, 8)])[0][:, :, :5], slabs([(6, 4, 5)])[0]

@@ -1,14 +1,18 @@
 """Every example is short, and runs as a reader would run it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 # Folders inside examples/ hold longer programs, which are not run here.
-EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONGEST = 60
 TIMEOUT = 240  # seconds, below pytest's own limit, so that the output is shown
 
@@ -36,3 +40,22 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
 def test_example_is_short(path: Path) -> None:
     """A reader sees it on one screen."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_the_page_on_kernels_is_right() -> None:
+    """Its example attends to the tokens that it wrote: what the packed prompt gets is what SDPA gives, also from 8 bits."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(code.replace("# 8 bits", "full = out\n# 8 bits"), names)
+
+    group = names["num_heads"] // names["num_kv_heads"]
+    keys, values = (x[:20].repeat_interleave(group, 1).transpose(0, 1) for x in names["new"])
+    prompt = torch.nn.functional.scaled_dot_product_attention(names["query"][0, :, :20], keys, values, is_causal=True)
+    torch.testing.assert_close(names["full"][0, :20], prompt.transpose(0, 1))
+    torch.testing.assert_close(names["out"][0, :20], prompt.transpose(0, 1), atol=0.05, rtol=0)
+    assert not torch.equal(names["out"], names["full"])
+    for source, copy in ((5, 6), (7, 8)):
+        assert torch.equal(names["keys"][source], names["keys"][copy])
+        assert names["keys"][copy].any()

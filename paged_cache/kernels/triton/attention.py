@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from . import config
 from .config import Config
 from .kernel import attend_kernel, merge_kernel
 from .launch import CachedLaunch
-from .plan import Plan, Shape
+from .plan import Shape
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -80,8 +80,9 @@ def paged_attention(
     """Causal attention of the last tokens of each sequence, read through a block table.
 
     Arguments and result are those of `reference.paged_attention`, for the calls that `supports` accepts. Never waits for
-    the device, and may be captured in a CUDA graph: tables and lengths are read when the graph runs. `memo` keeps the work
-    list of a step, so that its layers share it; a graph has to be captured with a `memo` that is new or absent.
+    the device, and may be captured in a CUDA graph: tables and lengths are read when the graph runs. `memo` keeps what
+    the layers of a step share, the work list and partial results among it; a graph has to be captured with a `memo` that is
+    new or absent.
 
     Products are computed in the wider dtype of query and cache, those of 8-bit codes in float16; everything else in
     float32. With `PAGED_CACHE_BATCH_INVARIANT=1` in the environment, a row's result has the same bits in any batch.
@@ -98,41 +99,58 @@ def paged_attention(
     }
     options |= {"position_bias": position_bias, "key_scales": key_scales, "value_scales": value_scales}
     lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "kv_starts": kv_starts}
-    check_shapes(query, key_cache, value_cache, block_table, seq_lens, **options, **lengths)
-    if reason := supports(query, key_cache, value_cache, **options):
-        raise InvalidRequestError(f"the Triton kernel does not take this call: {reason}")
-    return _launch(
-        query, key_cache, value_cache, block_table, seq_lens, scale=scale, memo=memo, **options, **lengths
-    )  # fmt: skip
+    varying = query, key_cache, value_cache, sinks, alibi_slopes, position_bias, key_scales, value_scales
+    kind = None if memo is None else (window, chunk, torch.is_grad_enabled(), *map(_look, varying))
+    shared = None if memo is None else memo.get(kind)
+    if shared is None:
+        check_shapes(query, key_cache, value_cache, block_table, seq_lens, **options, **lengths)
+        if reason := supports(query, key_cache, value_cache, **options):
+            raise InvalidRequestError(f"the Triton kernel does not take this call: {reason}")
+        if query.numel() == 0:
+            return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_cache.shape[3])
+        shared = _prepare(query, key_cache, value_cache, block_table, seq_lens, **options, **lengths)
+        if memo is not None:
+            memo[kind] = shared
+    return _launch(shared, *varying, scale=scale, softcap=softcap)
 
 
-def _launch(
+def _look(x: torch.Tensor | None) -> Any:
+    """What of a tensor decides how it is treated."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+
+
+class Shared(NamedTuple):
+    """What calls of one kind share in a step; they run one after another, so they may use the same memory."""
+
+    attend: CachedLaunch
+    merge: CachedLaunch | None  # None if no tile can be split
+    grid: tuple[int, int, int]
+    out_shape: tuple[int, ...]
+    parts: tuple[torch.Tensor | None, torch.Tensor | None]  # partial results and their denominators
+    tables: tuple[torch.Tensor | None, ...]  # block table, lengths, work list, `cu_seqlens_q`, `kv_starts`
+    sizes: tuple[int, ...]  # from the strides of `query` to its length
+    limits: tuple[int | None, int | None]  # window, chunk
+
+
+def _prepare(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    scale: float,
-    softcap: float | None,
-    memo: dict[Any, Any] | None,
     cu_seqlens_q: torch.Tensor | None,
     max_q_len: int | None,
     kv_starts: torch.Tensor | None,
     window: int | None,
     chunk: int | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
-) -> torch.Tensor:
-    """Run the kernels on arguments that are known to be right. Shapes: see the kernels' parameters."""
+    **_: Any,
+) -> Shared:
+    """Plan the work of calls whose arguments are known to be right."""
     rows, num_heads, num_tokens, k_dim = query.shape
     _, block_size, num_kv_heads, v_dim = value_cache.shape
-    out = query.new_empty(rows, num_tokens, num_heads, v_dim)
-    if out.numel() == 0:
-        return out
     group, q_len = num_heads // num_kv_heads, num_tokens if max_q_len is None else max_q_len
     capacity, fixed = block_table.shape[1] * block_size, is_invariant()
     capability, num_sms = config.machine(query.device)
@@ -142,39 +160,54 @@ def _launch(
     shape = Shape(num_tokens, q_len, capacity, window, chunk, group, cut.rows, cut.tile, fill, fixed)
     lens, table = _int32(seq_lens), _int32(block_table)
     cu, starts = (None if x is None else _int32(x) for x in (cu_seqlens_q, kv_starts))
-    plan = _remember({} if memo is None else memo, shape, lens, cu, starts)
+    plan = shape.plan(lens, cu, starts)
 
     parts = lse = None
     slot_rows = min(cut.rows, q_len * group)
     if plan.max_slots:
         parts = query.new_empty(plan.max_slots, num_kv_heads, slot_rows, v_dim, dtype=torch.float32)
         lse = query.new_empty(plan.max_slots, num_kv_heads, slot_rows, dtype=torch.float32)
-    grid, sizes = (plan.max_items * num_kv_heads, 1, 1), (plan.max_items, slot_rows, q_len)
-    bias = _contiguous(position_bias)
     strides = (key_cache.stride(), value_cache.stride(), _strides(key_scales), _strides(value_scales))
     heads = group, num_kv_heads, k_dim, v_dim
-    attend = _attend(*strides, query.dtype, key_cache.dtype, *heads, block_size, cut, capability)
+    return Shared(
+        _attend(*strides, query.dtype, key_cache.dtype, *heads, block_size, cut, capability),
+        _merge(group, num_kv_heads, v_dim, cut.rows) if plan.max_slots else None,
+        grid=(plan.max_items * num_kv_heads, 1, 1),
+        out_shape=(rows, num_tokens, num_heads, v_dim),
+        parts=(parts, lse),
+        tables=(table, lens, plan.work, cu, starts),
+        sizes=(*query.stride()[:3], table.stride(0), capacity, plan.max_items, slot_rows, q_len),
+        limits=(window, chunk),
+    )
+
+
+def _launch(
+    shared: Shared,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Run the kernels. Shapes: see their parameters."""
+    attend, merge, grid, out_shape, parts, tables, sizes, limits = shared
+    out, bias = query.new_empty(out_shape), _contiguous(position_bias)
     attend(
         grid,
-        out, parts, lse, query, _codes(key_cache), _codes(value_cache), table, lens, plan.work, cu, starts,
-        _contiguous(sinks), _contiguous(alibi_slopes), bias, key_scales, value_scales,
-        *query.stride()[:3], table.stride(0), capacity, *sizes,
-        float(scale), None if softcap is None else float(softcap), window, chunk,  # an int would be another kernel
+        out, *parts, query, _codes(key_cache), _codes(value_cache), *tables,
+        _contiguous(sinks), _contiguous(alibi_slopes), bias, key_scales, value_scales, *sizes,
+        float(scale), None if softcap is None else float(softcap), *limits,  # an int would be another kernel
         *_bias_sizes(bias),
     )  # fmt: skip
-    if plan.max_slots:
-        _merge(group, num_kv_heads, v_dim, cut.rows)(grid, out, parts, lse, plan.work, cu, *sizes)
+    if merge is not None:
+        merge(grid, out, *parts, tables[2], tables[3], *sizes[-3:])
     return out
-
-
-def _remember(
-    memo: dict[Any, Any], shape: Shape, lens: torch.Tensor, cu: torch.Tensor | None, starts: torch.Tensor | None
-) -> Plan:
-    """The plan of a step, made by the first layer that asks for it."""
-    if shape not in memo:
-        memo[shape] = shape.plan(lens, cu, starts)
-    plan: Plan = memo[shape]
-    return plan
 
 
 def is_invariant() -> bool:

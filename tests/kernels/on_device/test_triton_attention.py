@@ -5,6 +5,7 @@ Triton reads that variable when a kernel is defined, so the interpreter needs a 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
@@ -239,6 +240,39 @@ def test_layers_of_a_step_share_the_work_list(monkeypatch: pytest.MonkeyPatch) -
         out = attention.paged_attention(*tensors, **inputs.options | {"window": window}, memo=memo)
         assert torch.equal(out, inputs.run(attention.paged_attention))
     assert len(plans) == 2 + 5
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+def test_layers_of_a_step_share_nothing_that_differs(
+    kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a memo that knows a call, other tensors, strides and dtypes still count, and what is wrong is refused."""
+    case = Case(lens=(5, 40), kv_dtype=kv_dtype, num_splits=2, sinks=True, alibi=True, bias=1)
+    inputs, memo = build(case, DEVICE), {}
+    force_splits(inputs.case, monkeypatch)
+
+    def attend(inputs: Inputs) -> torch.Tensor:
+        return inputs.run(lambda *tensors, **options: attention.paged_attention(*tensors, **options, memo=memo))
+
+    def layer(**change: Callable) -> Inputs:
+        return replace(inputs, **{name: f(getattr(inputs, name)) for name, f in change.items()})
+
+    layers = [
+        inputs,
+        layer(query=lambda x: x * 2, value_cache=lambda x: x.clone()),
+        layer(extras=lambda x: {name: y * 2 for name, y in x.items()}),
+        layer(query=lambda x: x.half()),
+        layer(query=lambda x: x.repeat(1, 1, 1, 2)[..., :64]),
+        layer(key_cache=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+        layer(extras=lambda x: {name: y for name, y in x.items() if "scales" in name}),
+    ]
+    for one in (*layers, *layers[:4]):
+        assert torch.equal(attend(one), one.run(attention.paged_attention))
+    assert len(memo) == 5
+    with pytest.raises(InvalidRequestError, match="differ in head_dim"):
+        attend(layer(query=lambda x: x[..., :32]))
+    with pytest.raises(InvalidRequestError, match="no backward"):
+        attend(layer(query=lambda x: x.detach().requires_grad_()))
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])

@@ -150,7 +150,7 @@ def _prepare(
 ) -> Shared:
     """Plan the work of calls whose arguments are known to be right."""
     rows, num_heads, num_tokens, k_dim = query.shape
-    _, block_size, num_kv_heads, v_dim = value_cache.shape
+    block_size, num_kv_heads, v_dim = value_cache.shape[1:]
     group, q_len = num_heads // num_kv_heads, num_tokens if max_q_len is None else max_q_len
     capacity, fixed = block_table.shape[1] * block_size, is_invariant()
     capability, num_sms = config.machine(query.device)

@@ -53,7 +53,7 @@ def test_same_tokens_through_triton(kind: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PAGED_CACHE_KERNEL", "triton")
     q_lens = []
     kernel = attention._launch
-    monkeypatch.setattr(attention, "_launch", lambda *a, **k: q_lens.append(a[0].shape[2]) or kernel(*a, **k))
+    monkeypatch.setattr(attention, "_launch", lambda *a, **k: q_lens.append(a[1].shape[2]) or kernel(*a, **k))
     torch.manual_seed(0)
     of = MODELS[kind]().eval().to(DEVICE)
     if kind == "gemma2":

@@ -172,9 +172,7 @@ def write_kv(
     if keys.dtype not in _NEW or values.dtype is not keys.dtype:
         keys, values = keys.float(), values.float()
     slots = slot_mapping if slot_mapping.is_contiguous() else slot_mapping.contiguous()
-    num_slots = key_cache.shape[0] * key_cache.shape[1]
-    if slots.numel() and int(slots.max()) >= num_slots:
-        raise InvalidRequestError(f"slot {int(slots.max())} is beyond the {num_slots} slots of the cache")
+    _check_slots(slots, key_cache.shape[0] * key_cache.shape[1])
     block_size, common = key_cache.shape[1], (slots.data_ptr(), slots.shape[0])
     _PACK(
         _record.buffer, 0,
@@ -184,3 +182,8 @@ def write_kv(
         *values.stride(), *value_cache.stride()[:3], *value_scales.stride(),
     )  # fmt: skip
     _compile(keys.dtype, key_cache.dtype)(_record.address)
+
+
+def _check_slots(slots: torch.Tensor, num_slots: int) -> None:
+    if slots.numel() and int(slots.max()) >= num_slots:
+        raise InvalidRequestError(f"slot {int(slots.max())} is beyond the {num_slots} slots of the cache")

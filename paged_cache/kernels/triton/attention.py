@@ -10,7 +10,7 @@ import triton.language as tl
 
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels.checks import check_shapes
-from paged_cache.kernels.quantized import LARGEST
+from paged_cache.kernels.quantized import LARGEST, as_bytes
 
 from . import config
 from .config import Config
@@ -200,7 +200,7 @@ def _launch(
     out, bias = query.new_empty(out_shape), _contiguous(position_bias)
     attend(
         grid,
-        out, *parts, query, _codes(key_cache), _codes(value_cache), *tables,
+        out, *parts, query, as_bytes(key_cache), as_bytes(value_cache), *tables,
         _contiguous(sinks), _contiguous(alibi_slopes), bias, key_scales, value_scales, *sizes,
         float(scale), None if softcap is None else float(softcap), *limits,  # an int would be another kernel
         *_bias_sizes(bias),
@@ -276,11 +276,6 @@ def _int32(x: torch.Tensor) -> torch.Tensor:
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach().contiguous()
-
-
-def _codes(cache: torch.Tensor) -> torch.Tensor:
-    """Below compute capability 8.9, Triton has no e4m3: the kernel gets bytes."""
-    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache
 
 
 def _strides(scales: torch.Tensor | None) -> tuple[int, ...]:

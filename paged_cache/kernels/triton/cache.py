@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from paged_cache.errors import InvalidRequestError
-from paged_cache.kernels.quantized import LARGEST
+from paged_cache.kernels.quantized import LARGEST, as_bytes
 
 from .launch import CachedLaunch
 
@@ -166,7 +166,7 @@ def write_kv(
     )
     launch(
         (triton.cdiv(num_tokens, TOKENS), max(heads), 1),
-        keys.detach(), values.detach(), _bytes(key_cache), _bytes(value_cache), key_scales, value_scales,
+        keys.detach(), values.detach(), as_bytes(key_cache), as_bytes(value_cache), key_scales, value_scales,
         slot_mapping, num_tokens, *keys.stride(), *values.stride(), slot_mapping.stride(0),
     )  # fmt: skip
 
@@ -266,8 +266,3 @@ def _copier(num_bytes: int, source_stride: int, destination_stride: int, alignme
         "CHUNK": CHUNK // size,
     }
     return CachedLaunch(_copy_kernel, constants, enable_fp_fusion=True)
-
-
-def _bytes(cache: torch.Tensor) -> torch.Tensor:
-    """e4m3 as its bits, which every compute capability can store."""
-    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache

@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=[],
         type=_settings,
         metavar="NAME=VALUE,…",
-        help="variants beside the usual: tile=32,64 of Triton's Config, or a constant, kernels.cpu.SERIAL_BYTES=0",
+        help="variants beside the usual: tile=32,64 of Triton's Config, or a constant, kernels.cpu.attention.SERIAL_BYTES=0",
     )
     parser.add_argument("--plot", action="store_true", help="a picture beside the JSON file")
     parser.add_argument("--show", type=Path, metavar="JSON", help="tables, goals and picture of an earlier run")

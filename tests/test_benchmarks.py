@@ -93,7 +93,7 @@ def test_the_protocol_for_gpus_is_rehearsed(tmp_path, monkeypatch):
     pytest.importorskip("numba")
     # What the CPU's kernel leaves to the reference is not worth timing, but has to run on a GPU.
     monkeypatch.setattr(importlib.import_module("roofline.measuring"), "refusal", lambda problem: None)
-    options = ["--device", "cuda", "--rehearse", "--seconds", "0.001", "--ablate", "kernels.cpu.MAX_ROWS=1"]
+    options = ["--device", "cuda", "--rehearse", "--seconds", "0.001", "--ablate", "kernels.cpu.attention.MAX_ROWS=1"]
     result = run("bench_kernels.py", tmp_path / "k.json", *options)
 
     shapes = importlib.import_module("roofline.shapes").cuda_shapes(quick=False)

@@ -33,7 +33,7 @@ OPPONENT = {"sdpa": PAGED, "varlen": PAGED, "gather+sdpa": PAGED, "dynamic": WRI
 """Each peer, and the one of ours that does the same work."""
 
 Setting = tuple[str, int]
-"""Another value for a constant of the package, `("kernels.cpu.SERIAL_BYTES", 0)`, or for a field of Triton's `Config`."""
+"""Another value for a constant of the package, `("kernels.cpu.attention.SERIAL_BYTES", 0)`, or for a field of Triton's `Config`."""
 
 
 def plain_read(problem: Problem) -> Candidate:

@@ -134,7 +134,7 @@ def _why_per_head_differs(view: PagedView, query: torch.Tensor, kwargs: dict[str
 def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     pattern, group = mask.source.pattern, view.group
     blocks = view.step.storage.layers[view.layer]
-    scale, softcap, bias = (kwargs.get(name) for name in ("scaling", "softcap", "position_bias"))
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = pattern.window
     if group.window is not None and pattern.chunk is None:
@@ -150,7 +150,7 @@ def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str
         chunk=pattern.chunk,
         softcap=softcap,
         sinks=kwargs.get("s_aux"),
-        position_bias=bias.contiguous() if bias is not None and bias.stride(3) != 1 else bias,
+        position_bias=kwargs.get("position_bias"),
         key_scales=blocks.key_scales,
         value_scales=blocks.value_scales,
         memo=group.memos[scale, window, pattern.chunk, softcap],

@@ -51,8 +51,8 @@ def paged_attention(
         softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[num_heads]`, one extra logit per head in the softmax denominator (GPT-OSS).
         alibi_slopes: `[num_heads]`; `slope * (j - p)` is added to the scores (Press et al., "Train Short, Test Long").
-        position_bias: `[1 or batch, num_heads, q_len, kv_len]` with `kv_len >= max(seq_lens)`, last dimension contiguous,
-            added to the scores (T5); -inf hides a key. Not in the packed form.
+        position_bias: `[1 or batch, num_heads, q_len, kv_len]` with `kv_len >= max(seq_lens)`, any strides, added to the
+            scores (T5); -inf hides a key. Not in the packed form.
         kv_starts: int32 `[batch]`, keys before it are hidden: left padding that takes slots.
         key_scales: float32 `[num_blocks, block_size, num_kv_heads]`, any strides: the factor on each quantised key.
         value_scales: Likewise for values.
@@ -65,7 +65,8 @@ def paged_attention(
 
     Raises:
         InvalidRequestError: Shapes, dtypes or devices do not fit. Contents are trusted: ids in `block_table` that are no
-            blocks, or `cu_seqlens_q` that do not rise from 0 to `num_tokens`, lead a fast kernel out of its memory.
+            blocks, or `cu_seqlens_q` that do not rise from 0 to `num_tokens`, lead a fast kernel out of its memory. Only
+            the CPU kernel looks at them, and only in calls without a `memo`.
     """
     options: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "window": window, "chunk": chunk}
     options |= {"softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes, "position_bias": position_bias}

@@ -112,7 +112,7 @@ def paged_attention(
         *(_NO_STRIDES if key_scales is None else key_scales.stride()),
         *(_NO_STRIDES if value_scales is None else value_scales.stride()),
         *((0, 0, 0, 0) if position_bias is None else _bias_strides(position_bias)),
-        block_table.stride(0), width, window or 0, chunk or 0, _QUERY_KINDS[query.dtype], rows_q, heads, 64 // element,
+        block_table.stride(0), width, window or 0, chunk or 0, _QUERY_KINDS[query.dtype], rows_q, heads, element,
         scale, softcap or 0.0, E4M3_UNIT if key_cache.dtype is torch.float8_e4m3fn else 1.0,
     )  # fmt: skip
     worker = _compile(key_cache.dtype)

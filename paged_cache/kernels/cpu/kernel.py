@@ -15,6 +15,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from .locating import Stream, ask_first, load_scales, locate, ring_size
+from .scratch import F32, LOG2_E, NEVER, PAIR_FLOATS, TILE, Scratch, jit, pair_up
 from .simd import add, mul, splat
 from .simd_memory import (
     address_of,
@@ -23,25 +25,11 @@ from .simd_memory import (
     load_part,
     peek,
     poke,
-    prefetch,
     store,
     store_part,
 )
-from .tile import (
-    F32,
-    I64,
-    LOG2_E,
-    NEVER,
-    TILE,
-    Scratch,
-    accumulate,
-    adjust,
-    jit,
-    power,
-    rescale,
-    score,
-    weigh,
-)
+from .softmax import adjust, power, rescale, weigh
+from .tile import accumulate, score
 
 RUN = 256  # tokens per item, doubled until all query tiles of a row have about MAX_RUNS of them or one each
 MAX_RUNS = 64
@@ -67,7 +55,7 @@ INTEGERS = (
     "window", "chunk",  # 0: none
     "query_kind",  # index of `QUERY_KINDS`, of queries and output
     "rows_q", "heads",  # queries and kv heads per item
-    "line",  # elements of the cache per cache line
+    "element",  # bytes of an element of the cache
 )
 # fmt: on
 REALS = ("scale", "softcap", "unit")  # unit: what the cache holds is read as 1 / unit of it
@@ -77,7 +65,7 @@ CALL = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) fo
 def scratch_floats(rows: int, heads: int, width: int, v_width: int) -> tuple[int, ...]:
     """Floats of each part of a thread's `Scratch`, multiples of 16."""
     padded = (rows + 15) & -16
-    return rows * width, rows * v_width, rows * TILE, padded, padded, heads * TILE, heads * TILE, 16 * TILE
+    return rows * width, rows * v_width, rows * TILE, padded, padded, heads * TILE, heads * TILE, 16 * TILE, PAIR_FLOATS * padded, 4 * ring_size(heads)
 
 
 _scratch_floats = jit(scratch_floats)
@@ -98,7 +86,11 @@ def _scratch(call: Any, thread: int) -> Scratch:
     totals = tops + 4 * sizes[3]
     key_scales = totals + 4 * sizes[4]
     value_scales = key_scales + 4 * sizes[5]
-    return Scratch(queries, sums, scores, tops, totals, key_scales, value_scales, value_scales + 4 * sizes[6])
+    places = value_scales + 4 * sizes[6]
+    pairs = places + 4 * sizes[7]
+    return Scratch(
+        queries, sums, scores, tops, totals, key_scales, value_scales, places, pairs, pairs + 4 * sizes[8]
+    )
 
 
 @jit
@@ -131,55 +123,6 @@ def _span(call: Any, b: int, tile: int) -> tuple[int, int, int, int]:
     position = np.int64(peek(call.lens, b, I32)) - q_len + tile * call.rows_q
     end = max(min(position + queries, call.table_width * call.block_size), 0)
     return position, queries, min(_first_visible(call, b, max(position, 0)), end), end
-
-
-@jit
-def _locate(call: Any, b: int, head: int, start: int, count: int, places: int) -> None:
-    """Element index of `count` tokens of a row in keys, values and scales; padded to a multiple of 4 with the last one."""
-    t = 0
-    while t < count:
-        slot = (start + t) // call.block_size
-        offset = start + t - slot * call.block_size
-        block = np.int64(peek(call.table, b * call.table_row + slot, I32))
-        key = block * call.key_block + offset * call.key_token + head * call.key_head
-        value = block * call.value_block + offset * call.value_token + head * call.value_head
-        tokens = min(call.block_size - offset, count - t)
-        for i in range(tokens):
-            poke(places, t + i, key + i * call.key_token)
-            poke(places, TILE + t + i, value + i * call.value_token)
-        if call.key_scales != 0:
-            _locate_scales(call, block, offset, head, tokens, places, t)
-        t += tokens
-    if count > 0:
-        last_key, last_value = peek(places, count - 1, I64), peek(places, TILE + count - 1, I64)
-        for i in range(count, (count + 3) & -4):
-            poke(places, i, last_key)
-            poke(places, TILE + i, last_value)
-
-
-@jit
-def _locate_scales(call: Any, block: int, offset: int, head: int, tokens: int, places: int, t: int) -> None:
-    key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
-    value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
-    for i in range(tokens):
-        prefetch(call.key_scales, key, F32)
-        prefetch(call.value_scales, value, F32)
-        poke(places, 2 * TILE + t + i, key)
-        poke(places, 3 * TILE + t + i, value)
-        key += call.key_scales_token
-        value += call.value_scales_token
-
-
-@jit
-def _load_scales(call: Any, places: int, count: int, scratch: Any) -> None:
-    """Scales of the tokens of a tile, side by side for each head."""
-    unit = np.float32(call.unit)
-    for h in range(call.heads):
-        for t in range(count):
-            key = peek(places, 2 * TILE + t, I64) + h * call.key_scales_head
-            value = peek(places, 3 * TILE + t, I64) + h * call.value_scales_head
-            poke(scratch.key_scales, h * TILE + t, peek(call.key_scales, key, F32) * unit)
-            poke(scratch.value_scales, h * TILE + t, peek(call.value_scales, value, F32) * unit)
 
 
 @jit
@@ -244,17 +187,19 @@ def _walk(call: Any, b: int, tile: int, head: int, start: int, end: int, scratch
         poke(scratch.tops, r, np.float32(NEVER))
         poke(scratch.totals, r, F32)
     _load_queries(call, b, tile, head, queries, scratch.queries)
-    places, following = scratch.places, scratch.places + 8 * 4 * TILE
-    count = min(TILE, end - start)
-    _locate(call, b, head, start, count, places)
+    pair_up(call, rows, scratch)
+    count, places, following = min(TILE, end - start), scratch.places, scratch.places + 8 * 4 * TILE
+    stream = locate(call, Stream(0, 0, 0, 0, scratch.extents, ring_size(call.heads) - 1), b, head, start, count, places)
     for at in range(start, end, TILE):
         if call.key_scales != 0:
-            _load_scales(call, places, count, scratch)
+            load_scales(call, places, count, scratch)
         next_count = min(TILE, end - at - TILE)
-        _locate(call, b, head, at + TILE, next_count, following)
-        score(call, places, count, following, next_count, rows, scratch, kind)
+        stream = locate(call, stream, b, head, at + TILE, next_count, following)
+        if at == start:
+            stream = ask_first(stream)
+        stream = score(call, stream, places, count, rows, scratch, kind)
         _weigh(call, b, tile, head, at, count, scratch)
-        accumulate(call, places, count, following, next_count, rows, scratch, kind)
+        stream = accumulate(call, stream, places + 8 * TILE, count, rows, scratch, kind)
         places, following, count = following, places, next_count
 
 
@@ -369,7 +314,7 @@ def _work(call: Any, address: int, kind: Any) -> None:
             _merge(call, b, tile, head, rows, first_item + piece, runs, scratch.sums)
 
 
-_FILES = ("kernel.py", "tile.py", "simd.py", "simd_memory.py")
+_FILES = ("kernel.py", "tile.py", "softmax.py", "locating.py", "scratch.py", "simd.py", "simd_memory.py")
 _SOURCES = zlib.crc32(b"".join((Path(__file__).parent / name).read_bytes() for name in _FILES))
 
 

@@ -137,15 +137,15 @@ def store(typingctx, address, index, value):
 
 
 @intrinsic
-def prefetch(typingctx, address, index, kind):
-    """Asks for the cache line of an element."""
+def prefetch(typingctx, address):
+    """Asks for the cache line at an address."""
 
     def codegen(context, builder, signature, args):
-        pointer = _element_pointer(builder, args[0], args[1], _STORED[kind])
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
         call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32(0), I32(3), I32(1)])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, kind), codegen
+    return types.void(types.int64), codegen
 
 
 @intrinsic
@@ -167,6 +167,16 @@ def poke(typingctx, address, index, number):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, number), codegen
+
+
+@intrinsic
+def as_pointer(typingctx, address):
+    """An int64 as a C pointer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
 
 
 @intrinsic
@@ -192,21 +202,20 @@ def _quads(builder, a, b, c, d):
 
 
 @intrinsic
-def store_sums(typingctx, address, first, second, a, b, c, d, e, f, g, h):
-    """Writes lane sums as float32: those of a, b, c, d from index `first` on, of e, f, g, h from `second` on."""
+def store_sums(typingctx, first, second, a, b, c, d, e, f, g, h):
+    """Writes lane sums as float32: those of a, b, c, d to the address `first`, of e, f, g, h to `second`."""
 
     def codegen(context, builder, signature, args):
-        x, y = _quads(builder, *args[3:7]), _quads(builder, *args[7:11])
+        x, y = _quads(builder, *args[2:6]), _quads(builder, *args[6:10])
         low = [i for i in range(2 * LANES) if i % 8 < 4]
         x = emit_add(builder, shuffle(builder, x, y, low), shuffle(builder, x, y, [i + 4 for i in low]))
-        for index, lane in ((args[1], 0), (args[2], 8)):
+        for address, lane in ((args[0], 0), (args[1], 8)):
             parts = (shuffle(builder, x, x, list(range(i, i + 4))) for i in (lane, lane + 4))
             sums = emit_add(builder, *parts)
-            pointer = _element_pointer(builder, args[0], index, FLOAT)
-            builder.store(sums, builder.bitcast(pointer, sums.type.as_pointer()), align=4)
+            builder.store(sums, builder.inttoptr(address, sums.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, *[vector] * 8), codegen
+    return types.void(types.int64, types.int64, *[vector] * 8), codegen
 
 
 @intrinsic

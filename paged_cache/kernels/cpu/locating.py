@@ -1,0 +1,157 @@
+"""Where the tokens of a tile lie, and asking memory for them before they are needed.
+
+What a tile needs is a row of extents, contiguous pieces of memory: its keys, then its values, each in the order of addresses. They
+wait in a ring, and a stream follows them some kilobytes ahead of the arithmetic, a few cache lines at a time: evenly,
+since memory rests while a burst is computed with, and each line by an instruction of its own, since one that strides
+from line to line sets off the processor's own prefetching, which leaves the block.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .simd_memory import peek, poke, prefetch
+from .scratch import F32, I64, LINE, TILE, jit
+
+I32 = np.int32(0)
+AHEAD = __import__('os').environ.get('AHEAD','16384') and int(__import__('os').environ.get('AHEAD','16384'))  # bytes between what is asked for and what is computed with
+
+
+class Stream(NamedTuple):
+    """What to ask for next."""
+
+    at: int  # address
+    end: int  # of the extent it is in
+    next: int  # number of the extent to go on with
+    located: int  # number of the first extent that is not known yet
+    extents: int  # address of int64 [mask + 1, 2]: first address and end of an extent, at its number & mask
+    mask: int
+
+
+@jit
+def ring_size(heads: int) -> int:
+    """Room for the extents of two tiles if each vector is one."""
+    size = 256
+    while size < 4 * TILE * heads:
+        size *= 2
+    return size
+
+
+@jit
+def _follow(stream: Stream) -> Stream:
+    extent = stream.extents + 16 * (stream.next & stream.mask)
+    return Stream(peek(extent, 0, I64), peek(extent, 1, I64), stream.next + 1, stream.located, stream.extents, stream.mask)
+
+
+@jit
+def fetch(stream: Stream, pace: int) -> Stream:
+    """Asks for the next `pace` cache lines, 0, 1, 2 or 4; stays in the last extent that is known."""
+    if pace == 0:
+        return stream
+    at = stream.at
+    prefetch(at)
+    if pace > 1:
+        prefetch(at + LINE)
+        if pace > 2:
+            prefetch(at + 2 * LINE)
+            prefetch(at + 3 * LINE)
+    at += LINE * pace
+    if at < stream.end:
+        return Stream(at, stream.end, stream.next, stream.located, stream.extents, stream.mask)
+    if stream.next >= stream.located:
+        return stream
+    return _follow(stream)
+
+
+@jit
+def ask_first(stream: Stream) -> Stream:
+    """Asks for the first `AHEAD` bytes, or what there is."""
+    stream = _follow(stream)
+    for _ in range(AHEAD // (4 * LINE)):
+        if stream.next == stream.located:
+            break
+        stream = fetch(stream, 4)
+    return stream
+
+
+@jit
+def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, head: int, dim: int) -> Stream:
+    """Adds the vectors of some tokens and all heads; `at` is the address of the first one, `token` and `head` are strides."""
+    outer, outer_step, inner, inner_step = tokens, token * call.element, call.heads, head * call.element
+    if outer_step < inner_step:
+        outer, outer_step, inner, inner_step = inner, inner_step, outer, outer_step
+    length = dim * call.element
+    if inner_step == length or inner == 1:
+        length, inner = length * inner, 1
+        if outer_step == length:
+            length, outer = length * outer, 1
+    located = stream.located
+    for i in range(outer):
+        for j in range(inner):
+            extent, first = stream.extents + 16 * (located & stream.mask), at + i * outer_step + j * inner_step
+            poke(extent, 0, first)
+            poke(extent, 1, first + length)
+            located += 1
+    return Stream(stream.at, stream.end, stream.next, located, stream.extents, stream.mask)
+
+
+@jit
+def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
+    """Element index of `count` tokens of a row in keys, values and scales; padded to a multiple of 8 with the last one."""
+    for is_value in range(2):
+        t = 0
+        while t < count:
+            slot = (start + t) // call.block_size
+            offset = start + t - slot * call.block_size
+            block = np.int64(peek(call.table, b * call.table_row + slot, I32))
+            tokens = min(call.block_size - offset, count - t)
+            if is_value:
+                value = block * call.value_block + offset * call.value_token + head * call.value_head
+                at = call.value + value * call.element
+                stream = _add_extents(call, stream, at, tokens, call.value_token, call.value_head, call.v_dim)
+                _number(places + 8 * TILE, t, tokens, value, call.value_token)
+            else:
+                key = block * call.key_block + offset * call.key_token + head * call.key_head
+                at = call.key + key * call.element
+                stream = _add_extents(call, stream, at, tokens, call.key_token, call.key_head, call.dim)
+                _number(places, t, tokens, key, call.key_token)
+                if call.key_scales != 0:
+                    _locate_scales(call, block, offset, head, tokens, places, t)
+            t += tokens
+    if count > 0:
+        last_key, last_value = peek(places, count - 1, I64), peek(places, TILE + count - 1, I64)
+        for i in range(count, (count + 7) & -8):
+            poke(places, i, last_key)
+            poke(places, TILE + i, last_value)
+    return stream
+
+
+@jit
+def _number(places: int, first: int, count: int, at: int, step: int) -> None:
+    for i in range(count):
+        poke(places, first + i, at + i * step)
+
+
+@jit
+def _locate_scales(call: Any, block: int, offset: int, head: int, tokens: int, places: int, t: int) -> None:
+    key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
+    value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
+    for i in range(tokens):
+        prefetch(call.key_scales + 4 * key)
+        prefetch(call.value_scales + 4 * value)
+        poke(places, 2 * TILE + t + i, key)
+        poke(places, 3 * TILE + t + i, value)
+        key += call.key_scales_token
+        value += call.value_scales_token
+
+
+@jit
+def load_scales(call: Any, places: int, count: int, scratch: Any) -> None:
+    """Scales of the tokens of a tile, side by side for each head."""
+    unit = np.float32(call.unit)
+    for h in range(call.heads):
+        for t in range(count):
+            key = peek(places, 2 * TILE + t, I64) + h * call.key_scales_head
+            value = peek(places, 3 * TILE + t, I64) + h * call.value_scales_head
+            poke(scratch.key_scales, h * TILE + t, peek(call.key_scales, key, F32) * unit)
+            poke(scratch.value_scales, h * TILE + t, peek(call.value_scales, value, F32) * unit)

@@ -1,0 +1,66 @@
+"""What all parts of the CPU kernel share: constants, the compiler's settings and the memory that a thread works with."""
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from .simd_memory import as_pointer
+
+TILE = 32  # tokens per step of the running softmax
+LINE = 64  # bytes of a cache line
+STEP = 8  # tokens whose values are summed in registers
+LOG2_E = 1.4426950408889634
+NEVER = -1e30  # a score that weighs nothing; finite, so that differences of scores are never NaN
+F32, I64 = np.float32(0), np.int64(0)
+
+jit: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+
+
+class Scratch(NamedTuple):
+    """Addresses of what a thread works with; widths are rounded up to 16. `scratch_floats` says how long each part is."""
+
+    queries: int  # float32 [rows, dim], scaled
+    sums: int  # float32 [rows, v_dim]
+    scores: int  # float32 [rows, TILE], later weights
+    tops: int  # float32 [rows]: maximum of the scores so far
+    totals: int  # float32 [rows]: sum of the weights so far
+    key_scales: int  # float32 [heads, TILE]
+    value_scales: int  # likewise
+    places: int  # int64 [2, 4, TILE]: element index of keys, values and their scales; this tile and the next one
+    pairs: int  # PAIR [rows]
+    extents: int  # of the stream
+
+
+# Two rows of a kv head, which share what is loaded; the last one of an odd number is alone.
+PAIR = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "key", "value",  # element index of the kv head among those of a token
+            "query", "scores", "sums", "query_2", "scores_2", "sums_2",  # addresses of both rows in the scratch
+            "is_single", "pace",  # pace: cache lines to ask for with each four that are read
+        )
+    ]
+)  # fmt: skip
+PAIR_FLOATS = PAIR.itemsize // 4
+
+
+@jit
+def pair_up(call: Any, rows: int, scratch: Scratch) -> None:
+    """Writes the pairs of all heads, each with `rows` rows."""
+    width, v_width = 4 * ((call.dim + 15) & -16), 4 * ((call.v_dim + 15) & -16)
+    pairs = numba.carray(as_pointer(scratch.pairs), (call.heads * rows,), PAIR)
+    per_head, pace = (rows + 1) // 2, call.element
+    while pace > 1 and pace // 2 * per_head >= call.element:
+        pace //= 2
+    for h in range(call.heads):
+        for i in range(per_head):
+            pair, row = pairs[h * per_head + i], h * rows + 2 * i
+            other = min(row + 1, (h + 1) * rows - 1)
+            pair.key, pair.value = h * call.key_head, h * call.value_head
+            pair.query, pair.query_2 = scratch.queries + row * width, scratch.queries + other * width
+            pair.scores, pair.scores_2 = scratch.scores + 4 * row * TILE, scratch.scores + 4 * other * TILE
+            pair.sums, pair.sums_2 = scratch.sums + row * v_width, scratch.sums + other * v_width
+            pair.is_single = row == other
+            pair.pace = pace if i * pace < call.element else 0

@@ -3,10 +3,11 @@
     python benchmarks/bench_kernels.py --device cpu --plot
     python benchmarks/bench_kernels.py --device cuda --only decode prefill
 
-First the ceilings: a plain read of a large tensor, a copy, a matrix product. Then every shape, on blocks in random order:
-this package's kernels and their peers (SDPA on dense K and V, `DynamicCache`, gather and SDPA, torch's varlen attention)
-are checked against the reference and timed in turns. On CUDA the times are those of graph replays over layers that are
-together at least four times as large as the L2 cache; on a CPU an untimed call goes first unless `--cold` is given.
+First the ceilings: a plain read of a large tensor, a copy, a matrix product. Then every shape, on blocks in runs of
+random lengths, as in a pool that serves requests: this package's kernels and their peers (SDPA on dense K and V,
+`DynamicCache`, gather and SDPA, torch's varlen attention) are checked against the reference and timed in turns. On CUDA
+the times are those of graph replays over layers that are together at least four times as large as the L2 cache; on a CPU
+an untimed call goes first unless `--cold` is given.
 The package `roofline` beside this file has the parts.
 """
 

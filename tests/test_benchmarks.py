@@ -1,5 +1,6 @@
 """What the benchmarks count must hold, and what they time must run and agree; times are for people."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -66,6 +67,39 @@ def roofline(monkeypatch):
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "roofline"]:
         del sys.modules[name]
+
+
+@pytest.mark.usefixtures("roofline")
+@pytest.mark.parametrize("extent", [1, 4, 16])
+def test_blocks_lie_in_runs(extent):
+    """A table has every block once, in runs around the extent's length, the same ones from the same seed."""
+    problem, shapes = (importlib.import_module(f"roofline.{name}") for name in ("problem", "shapes"))
+    shape = shapes.Shape("ragged", 9, 1024, 1, 1, 1, 8, "float32", block_size=4, first=(2047, 1), extent=extent)
+    torch.manual_seed(0)
+    table = problem.Problem(shape, "cpu", 1).block_table
+    torch.manual_seed(0)
+    same = problem.Problem(shape, "cpu", 1).block_table
+
+    rows = [row[row >= 0] for row in table]
+    length = shape.num_blocks / sum(1 + (row.diff() != 1).sum().item() for row in rows)
+    assert torch.equal(table, same)
+    assert [len(row) for row in rows] == [512] + 8 * [256]
+    assert torch.equal(torch.cat(rows).sort().values, torch.arange(shape.num_blocks, dtype=torch.int32))
+    assert length == pytest.approx(extent, rel=0.2)
+
+
+@pytest.mark.usefixtures("roofline")
+def test_lines_name_the_order_of_their_blocks():
+    """The usual order goes without saying; files from before there was a choice had blocks in random order."""
+    measuring, shapes = (importlib.import_module(f"roofline.{name}") for name in ("measuring", "shapes"))
+    usual = shapes.Shape("decode", 8, 8192)
+    names = [str(dataclasses.replace(usual, extent=extent)) for extent in (16, 1, 4)]
+    line = measuring.Result(usual, 1, 1, 1, 1).to_json()
+    old = line | {"shape": {name: value for name, value in line["shape"].items() if name != "extent"}}
+
+    assert names == [f"decode bfloat16 32/8x128 b16 8 x 8192{end}" for end in ("", " scattered", " extent 4")]
+    assert measuring.Result.from_json(line).shape == usual
+    assert measuring.Result.from_json(old).shape.extent == 1
 
 
 @pytest.mark.usefixtures("roofline")

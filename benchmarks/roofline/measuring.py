@@ -78,8 +78,8 @@ class Result:
     def from_json(cls, line: dict[str, Any]) -> "Result":
         """The inverse of `to_json`."""
         line = {name: value for name, value in line.items() if name != "line"}
-        first = line["shape"]["first"]
-        line["shape"] = Shape(**{**line["shape"], "first": first and tuple(first)})
+        shape = {"extent": 1, **line["shape"]}  # older files do not say it: their blocks were in random order
+        line["shape"] = Shape(**{**shape, "first": shape["first"] and tuple(shape["first"])})
         spreads = {of: {name: Spread(**x) for name, x in line[of].items()} for of in ("times", "ratios")}
         return cls(**{**line, **spreads})
 

@@ -1,4 +1,4 @@
-"""The tensors of a shape: blocks in random order, what a dense cache would hold, and the right answer."""
+"""The tensors of a shape: blocks in runs of random lengths, what a dense cache would hold, and the right answer."""
 
 from functools import cached_property
 from typing import Any
@@ -49,10 +49,10 @@ class Problem:
             _fill(blocks.values, blocks.value_scales)
 
     def _table(self, lens: list[int]) -> torch.Tensor:
-        """int32 `[batch, max_blocks]`: every block once, in random order, -1 behind each row's end."""
+        """int32 `[batch, max_blocks]`: every block once, in runs in random order, -1 behind each row's end."""
         counts = [-(-length // self.shape.block_size) for length in lens]
         table = torch.full((len(lens), max(counts)), -1, dtype=torch.int32)
-        for row, blocks in enumerate(torch.randperm(sum(counts), dtype=torch.int32).split(counts)):
+        for row, blocks in enumerate(_in_runs(counts, self.shape.extent).split(counts)):
             table[row, : len(blocks)] = blocks
         return table.to(self.device)
 
@@ -147,6 +147,18 @@ class Problem:
         lens = torch.tensor([length], dtype=torch.int32, device=self.device)
         options = {"scale": self.options["scale"], "window": self.shape.window, **self.scales(layer % self.num_layers)}
         return reference.paged_attention(query.float(), blocks.keys, blocks.values, table, lens, **options)
+
+
+def _in_runs(counts: list[int], extent: int) -> torch.Tensor:
+    """The blocks of all rows, one row behind the other: runs of consecutive ids, whose order in the pool is random.
+
+    Lengths are geometrically distributed around `extent`; the end of a row cuts its last run short.
+    """
+    begins = torch.rand(sum(counts)) < 1 / extent
+    begins[[0, *torch.tensor(counts).cumsum(0).tolist()[:-1]]] = True
+    runs = begins.cumsum(0) - 1  # of each block
+    places = torch.randperm(int(runs[-1]) + 1)[runs]
+    return places.argsort(stable=True).argsort().int()  # the pool's order, turned around
 
 
 def _fill(cache: torch.Tensor, scales: torch.Tensor | None) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+EXTENT = 16
+
 
 class Group(NamedTuple):
     """Neighbouring rows of a batch that are alike."""
@@ -30,6 +32,8 @@ class Shape:
         block_size: Tokens per block.
         window: As in `paged_attention`.
         first: Context and new tokens of the first row, where it is not like the others.
+        extent: Blocks of a row that lie side by side, on average: `bench_allocation.py` finds about as many in a pool
+            that serves requests. With 1 the order is random.
     """
 
     section: str
@@ -44,6 +48,7 @@ class Shape:
     block_size: int = 16
     window: int | None = None
     first: tuple[int, int] | None = None
+    extent: int = EXTENT
 
     def __str__(self) -> str:
         first = f"1 x {self.first[0]} + " if self.first else ""
@@ -51,7 +56,8 @@ class Shape:
         window = f" window {self.window}" if self.window else ""
         rows = f"{first}{self.batch - bool(self.first)} x {self.context}{new if new != ' q 1' else ''}{window}"
         kind = self.kv_dtype or self.dtype
-        return f"{self.section} {kind} {self.heads}/{self.kv_heads}x{self.dim} b{self.block_size} {rows}"
+        order = {EXTENT: "", 1: " scattered"}.get(self.extent, f" extent {self.extent}")
+        return f"{self.section} {kind} {self.heads}/{self.kv_heads}x{self.dim} b{self.block_size} {rows}{order}"
 
     @property
     def groups(self) -> list[Group]:

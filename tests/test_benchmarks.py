@@ -103,6 +103,44 @@ def test_lines_name_the_order_of_their_blocks():
 
 
 @pytest.mark.usefixtures("roofline")
+def test_large_decode_lines_come_scattered_too():
+    """The plain ones from 64 MiB of keys and values on, and nothing else about them is different."""
+    shapes = importlib.import_module("roofline.shapes")
+    lines = shapes.cpu_shapes(quick=False)
+    large = [x for x in lines if x.section == "decode" and not x.kv_dtype and x.kv_bytes >= 64 * 2**20]
+
+    assert len({str(line) for line in lines}) == len(lines)
+    assert len(large) == 25
+    assert [x for x in lines if x.section == "scattered"] == [
+        dataclasses.replace(x, section="scattered", extent=1) for x in large
+    ]
+    assert {x.extent for x in lines if x.section != "scattered"} == {shapes.EXTENT} == {16}
+
+
+@pytest.mark.usefixtures("roofline")
+def test_goals_do_not_judge_scattered_lines(monkeypatch):
+    """Both sections are measured against a plain read and show their share of it; only decode has to reach a goal."""
+    candidates, goals, machines, measuring, report, shapes = (
+        importlib.import_module(f"roofline.{name}")
+        for name in ("candidates", "goals", "machines", "measuring", "report", "shapes")
+    )
+    monkeypatch.setattr(measuring, "MEMORY_BOUND", 0)
+    for module in (candidates, measuring):
+        monkeypatch.setattr(module, "FAR_BYTES", 2**20)
+    monkeypatch.setattr(measuring, "refusal", lambda problem: None)
+    usual = shapes.Shape("decode", 2, 256, 1, 4, 2, 64, "float32")
+    lines = [usual, dataclasses.replace(usual, section="scattered", extent=1)]
+    results = [measuring.measure(machines.Rehearsal(), line, [], 0.0, 2**30) for line in lines]
+    verdicts = goals.judge("cpu", results, machines.Ceilings(1.0, 1.0, 1.0, {}))
+
+    for result in results:
+        assert {"sdpa", "read"} <= result.ratios.keys()
+        assert f" {100 * result.ratios['read'].median:3.0f} % " in report.row(result, 1e9)
+    assert [goal.must for goal in verdicts] == [0.9, 0.7]
+    assert [list(goal.values) for goal in verdicts] == 2 * [[str(usual)]]
+
+
+@pytest.mark.usefixtures("roofline")
 def test_kernels_are_timed_on_the_cpu(tmp_path):
     """Every kind of line has times for us and all peers, right answers, a goal that speaks of it, and a picture."""
     pytest.importorskip("numba")

@@ -11,10 +11,10 @@ import torch
 from .candidates import FAR_BYTES, OPPONENT, PAGED, READ, Candidate, Setting, candidates, plain_read, refusal
 from .machines import MAX_LAYERS, Machine, Stopwatch, poisoned_memory
 from .problem import TOLERANCE, Problem, needed_bytes
-from .shapes import Shape
+from .shapes import MEMORY_BOUND, Shape
 
 FEWEST_ROUNDS = 5
-MEMORY_BOUND = 64 * 2**20  # K and V from here on cannot come from a CPU's caches
+READ_FROM_MEMORY = ("decode", "scattered")  # sections whose large lines are compared with a plain read
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure(machine: Machine, shape: Shape, settings: list[Setting], seconds: fl
         result.missing[PAGED] = f"the fast kernel does not take it: {reason}"
         return result
     watches = _checked(machine, problem, settings, result)
-    if machine.device == "cpu" and shape.section == "decode" and shape.kv_bytes >= MEMORY_BOUND:
+    if machine.device == "cpu" and shape.section in READ_FROM_MEMORY and shape.kv_bytes >= MEMORY_BOUND:
         read, *_ = machine.stopwatch(plain_read(problem), num_layers)
         watches[READ] = lambda: read() * shape.kv_bytes / FAR_BYTES
     samples = alternate(watches, seconds) if PAGED in watches else {}

@@ -64,7 +64,8 @@ def _bandwidth(ax: Any, heads: Heads, lines: list[Result], ceilings: Ceilings, k
     top = limit
     for dtype, colour in COLOURS.items():
         own = [x for x in lines if (x.shape.kv_dtype or x.shape.dtype) == dtype]
-        ours = [(x.kv_bytes, x.bandwidth) for x in own]
+        ours = [(x.kv_bytes, x.bandwidth) for x in own if x.shape.section != "scattered"]
+        scattered = [(x.kv_bytes, x.bandwidth) for x in own if x.shape.section == "scattered"]
         peers = [
             (x.kv_bytes, x.kv_bytes / x.times["sdpa"].median / 1e3)
             for x in own
@@ -73,9 +74,11 @@ def _bandwidth(ax: Any, heads: Heads, lines: list[Result], ceilings: Ceilings, k
         if ours:
             ax.plot(*_medians(ours), color=colour, label=dtype)
             ax.plot(*_columns(ours), "o", color=colour, markersize=3.5)
+        if scattered:
+            ax.plot(*_columns(scattered), "x", color=colour, markersize=4, label=f"{dtype}, blocks in random order")
         if peers:
             ax.plot(*_medians(peers), color=colour, linestyle=":", label=f"{dtype}, SDPA on dense K/V")
-        top = max([top, *(y for _, y in ours + peers)])
+        top = max([top, *(y for _, y in ours + scattered + peers)])
     ax.axhline(limit, color=GREY, linewidth=1)
     label = f"plain {name}: {limit:,.0f} GB/s"
     ax.annotate(label, (0.985, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY)

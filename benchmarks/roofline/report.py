@@ -40,7 +40,7 @@ def ceilings(found: Ceilings) -> str:
 
 def row(result: Result, bandwidth: float) -> str:
     """One line of the table."""
-    name = f"{result.shape!s:47} {result.kv_bytes / 2**20:8.1f}"
+    name = f"{result.shape!s:52} {result.kv_bytes / 2**20:8.1f}"
     if not result.times:
         return f"{name} | left out: {result.missing.get(PAGED, 'no times')}"
     share = 100 * (result.ratios[READ].median if READ in result.ratios else result.bandwidth / bandwidth)

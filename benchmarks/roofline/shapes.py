@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 EXTENT = 16
+MEMORY_BOUND = 64 * 2**20  # K and V from here on cannot come from a CPU's caches
 
 
 class Group(NamedTuple):
@@ -120,7 +121,10 @@ def named(dtype: str) -> torch.dtype:
 
 
 def cpu_shapes(quick: bool) -> list[Shape]:
-    """Decode, prefill, chunks of a prompt over what is cached, and a packed batch of one chunk and decoding rows."""
+    """Decode, prefill, chunks of a prompt over what is cached, and a packed batch of one chunk and decoding rows.
+
+    At the end the decode lines that come from memory once more, with blocks in random order: the worst case.
+    """
     models = [Shape("", 1, 1, heads=h, kv_heads=k, dim=d) for h, k, d in ((8, 4, 64), (32, 8, 128), (8, 8, 64))]
     batches, contexts = [1, 8, 32], [128, 512, 2048, 8192]
     prompts, chunks = [128, 512, 2048], [(16, 2048), (64, 2048), (512, 2048), (512, 8192), (2048, 4096)]
@@ -134,11 +138,12 @@ def cpu_shapes(quick: bool) -> list[Shape]:
         for model in plain + quantised
         for batch, context in itertools.product(batches, contexts)
     ]
+    large = [shape for shape in shapes if shape.kv_dtype is None and shape.kv_bytes >= MEMORY_BOUND]
     for model in (model for model in plain if model.heads > model.kv_heads):
         shapes += [replace(model, section="prefill", context=n, q_len=n) for n in prompts]
         shapes += [replace(model, section="chunk", context=n, q_len=q_len) for q_len, n in chunks]
         shapes.append(replace(model, section="mixed", batch=8, context=512, first=(512, 128)))
-    return shapes
+    return shapes + [replace(shape, section="scattered", extent=1) for shape in large]
 
 
 def cuda_shapes(quick: bool) -> list[Shape]:

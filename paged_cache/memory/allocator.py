@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError
+from .free_blocks import FreeBlocks
 
 
 @dataclass
@@ -43,7 +44,7 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.counters = AllocatorCounters()
         self._on_evict = on_evict or (lambda block: None)
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: memory that is warm is reused first
+        self._free = FreeBlocks(range(num_blocks))
         self._ref_counts = [0] * num_blocks
         self._indexed: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -70,8 +71,12 @@ class BlockAllocator:
         """Whether `allocate(num_blocks)` would succeed. No side effect."""
         return num_blocks <= self.num_free
 
-    def allocate(self, num_blocks: int) -> list[int]:
+    def allocate(self, num_blocks: int, after: int | None = None) -> list[int]:
         """Gives `num_blocks` blocks with one reference each, evicting cached ones if it must.
+
+        Args:
+            num_blocks: How many.
+            after: Block that they should lie behind, if that is possible.
 
         Raises:
             OutOfBlocksError: Too few blocks; nothing was changed.
@@ -80,9 +85,7 @@ class BlockAllocator:
             raise OutOfBlocksError(num_blocks, self.num_free)
         while len(self._free) < num_blocks:
             self.evict_one()
-        cut = len(self._free) - num_blocks
-        blocks = self._free[cut:][::-1]
-        del self._free[cut:]
+        blocks = self._free.take(num_blocks, after)
         for block in blocks:
             self._ref_counts[block] = 1
         self.counters.allocated += num_blocks
@@ -139,7 +142,7 @@ class BlockAllocator:
         was_free = set(self._free)
         self._ref_counts = _count(tables, self.num_blocks)
         self._indexed, self._cached = set(), OrderedDict()
-        self._free = [block for block, count in enumerate(self._ref_counts) if count == 0][::-1]
+        self._free = FreeBlocks(block for block, count in enumerate(self._ref_counts) if count == 0)
         return [block for block in self._free if block not in was_free]
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
@@ -161,7 +164,8 @@ class BlockAllocator:
             raise PagedCacheError("a free block is still in the prefix index")
 
     def _add_free(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))
+        for block in blocks:
+            self._free.add(block)
         self.counters.freed += len(blocks)
 
 

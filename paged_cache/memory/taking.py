@@ -1,6 +1,6 @@
 """Takes the blocks of a step that was planned, before any table has them. Plain Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -43,7 +43,6 @@ class BlockTaker:
             for source in row.sources:
                 if isinstance(source, PrefixNode):
                     self._allocator.acquire(source.held())
-        new = self._allocator.allocate(plan.num_new)[::-1]
         num_groups = len(growths[0].sequence.tables) if growths else 0
         ends: list[End] = []
         writes = Writes(slots=[[] for _ in range(num_groups)])
@@ -51,19 +50,26 @@ class BlockTaker:
             first = growth.sequence.num_tokens // self._block_size
             end = [table[first:] for table in growth.sequence.tables]
             if row.writes_partial:
-                end = [[self._writable(block, new, writes)] for (block,) in end]
+                end = [[self._writable(block, writes)] for (block,) in end]
+            new = self._new(growth, row, end)
             for source in row.sources:
-                for blocks, block in zip(end, self._blocks(source, ends, new, num_groups), strict=True):
+                for blocks, block in zip(end, self._blocks(source, ends, new), strict=True):
                     blocks.append(block)
             for slots, blocks in zip(writes.slots, end, strict=True):
                 slots.append(self._slots(growth, row, blocks))
             ends.append(end)
         return ends, writes
 
-    def _blocks(self, source: Source, ends: list[End], new: list[int], num_groups: int) -> list[int]:
+    def _new(self, growth: Growth, row: RowPlan, end: End) -> list[Iterator[int]]:
+        """Per group the blocks that nothing shares, behind those that the row has."""
+        count = sum(source is None for source in row.sources)
+        lasts = [(blocks or table or [None])[-1] for blocks, table in zip(end, growth.sequence.tables, strict=True)]
+        return [iter(self._allocator.allocate(count, last)) for last in lasts]
+
+    def _blocks(self, source: Source, ends: list[End], new: list[Iterator[int]]) -> list[int]:
         """One block per group."""
         if source is None:
-            return [new.pop() for _ in range(num_groups)]
+            return [next(blocks) for blocks in new]
         if isinstance(source, PrefixNode):
             return source.held()
         row, index = source
@@ -71,13 +77,13 @@ class BlockTaker:
         self._allocator.acquire(blocks)
         return blocks
 
-    def _writable(self, block: int, new: list[int], writes: Writes) -> int:
+    def _writable(self, block: int, writes: Writes) -> int:
         """Copy-on-write of a partly filled last block; one that only the prefix index shares leaves the index."""
         if self._allocator.ref_count(block) == 1:
             if self._allocator.is_indexed(block):
                 self._forget(block)
             return block
-        copy = new.pop()
+        (copy,) = self._allocator.allocate(1)
         self._allocator.release([block])
         writes.copies.append((block, copy))
         return copy

@@ -159,16 +159,19 @@ def test_the_kth_call_fails(owner: str, name: str) -> None:
     assert 0 < k < 99
 
 
-def test_extend_takes_all_blocks_at_once() -> None:
-    """A step asks the allocator once: there is no half of a step to take back when blocks run out."""
+def test_a_step_takes_what_its_plan_has_counted() -> None:
+    """Whether there are enough blocks is asked once, before anything is taken: there is no half of a step to take back."""
     scene = Scene()
-    calls = []
-    allocate = scene.manager.allocator.allocate
-    scene.manager.allocator.allocate = lambda n: (calls.append(n), allocate(n))[1]
+    allocator, planner = scene.manager.allocator, scene.manager._planner
+    planned, taken = [], []
+    plan, allocate = planner.plan, allocator.allocate
+    planner.plan = lambda growths: (result := plan(growths), planned.append(result.num_new))[0]
+    allocator.allocate = lambda n, *after: (taken.append(n), allocate(n, *after))[1]
 
     scene.step()
 
-    assert len(calls) == 1
+    assert len(planned) == 1
+    assert sum(taken) == planned[0] > 0
 
 
 def extend(scene: Scene) -> None:

@@ -63,8 +63,8 @@ class BlockTaker:
     def _new(self, growth: Growth, row: RowPlan, end: End) -> list[Iterator[int]]:
         """Per group the blocks that nothing shares, behind those that the row has."""
         count = sum(source is None for source in row.sources)
-        lasts = [(blocks or table or [None])[-1] for blocks, table in zip(end, growth.sequence.tables, strict=True)]
-        return [iter(self._allocator.allocate(count, last)) for last in lasts]
+        known = [blocks or table for blocks, table in zip(end, growth.sequence.tables, strict=True)]
+        return [iter(self._allocator.allocate(count, blocks[-1] if blocks else None)) for blocks in known]
 
     def _blocks(self, source: Source, ends: list[End], new: list[Iterator[int]]) -> list[int]:
         """One block per group."""

@@ -65,7 +65,18 @@ CALL = np.dtype([(name, np.int64) for name in INTEGERS] + [(name, np.float64) fo
 def scratch_floats(rows: int, heads: int, width: int, v_width: int) -> tuple[int, ...]:
     """Floats of each part of a thread's `Scratch`, multiples of 16."""
     padded = (rows + 15) & -16
-    return rows * width, rows * v_width, rows * TILE, padded, padded, heads * TILE, heads * TILE, 16 * TILE, PAIR_FLOATS * padded, 4 * ring_size(heads)
+    return (
+        rows * width,
+        rows * v_width,
+        rows * TILE,
+        padded,
+        padded,
+        heads * TILE,
+        heads * TILE,
+        16 * TILE,
+        PAIR_FLOATS * padded,
+        4 * ring_size(heads),
+    )
 
 
 _scratch_floats = jit(scratch_floats)
@@ -88,9 +99,7 @@ def _scratch(call: Any, thread: int) -> Scratch:
     value_scales = key_scales + 4 * sizes[5]
     places = value_scales + 4 * sizes[6]
     pairs = places + 4 * sizes[7]
-    return Scratch(
-        queries, sums, scores, tops, totals, key_scales, value_scales, places, pairs, pairs + 4 * sizes[8]
-    )
+    return Scratch(queries, sums, scores, tops, totals, key_scales, value_scales, places, pairs, pairs + 4 * sizes[8])
 
 
 @jit

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .simd_memory import peek, poke, prefetch
 from .scratch import F32, I64, LINE, TILE, jit
+from .simd_memory import peek, poke, prefetch
 
 I32 = np.int32(0)
-AHEAD = __import__('os').environ.get('AHEAD','16384') and int(__import__('os').environ.get('AHEAD','16384'))  # bytes between what is asked for and what is computed with
+AHEAD = 16 * 1024  # bytes between what is asked for and what is computed with
 
 
 class Stream(NamedTuple):
@@ -40,7 +40,9 @@ def ring_size(heads: int) -> int:
 @jit
 def _follow(stream: Stream) -> Stream:
     extent = stream.extents + 16 * (stream.next & stream.mask)
-    return Stream(peek(extent, 0, I64), peek(extent, 1, I64), stream.next + 1, stream.located, stream.extents, stream.mask)
+    return Stream(
+        peek(extent, 0, I64), peek(extent, 1, I64), stream.next + 1, stream.located, stream.extents, stream.mask
+    )
 
 
 @jit
@@ -60,7 +62,8 @@ def fetch(stream: Stream, pace: int) -> Stream:
         return Stream(at, stream.end, stream.next, stream.located, stream.extents, stream.mask)
     if stream.next >= stream.located:
         return stream
-    return _follow(stream)
+    followed: Stream = _follow(stream)
+    return followed
 
 
 @jit
@@ -97,7 +100,7 @@ def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, he
 
 @jit
 def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
-    """Element index of `count` tokens of a row in keys, values and scales; padded to a multiple of 8 with the last one."""
+    """Writes the element index of `count` tokens in keys, values and scales, the last one to a multiple of 8; adds extents."""
     for is_value in range(2):
         t = 0
         while t < count:

@@ -29,7 +29,7 @@ class Scratch(NamedTuple):
     value_scales: int  # likewise
     places: int  # int64 [2, 4, TILE]: element index of keys, values and their scales; this tile and the next one
     pairs: int  # PAIR [rows]
-    extents: int  # of the stream
+    extents: int  # of `locating.Stream`
 
 
 # Two rows of a kv head, which share what is loaded; the last one of an odd number is alone.
@@ -39,7 +39,7 @@ PAIR = np.dtype(
         for name in (
             "key", "value",  # element index of the kv head among those of a token
             "query", "scores", "sums", "query_2", "scores_2", "sums_2",  # addresses of both rows in the scratch
-            "is_single", "pace",  # pace: cache lines to ask for with each four that are read
+            "is_single", "pace",  # pace: cache lines to ask for with each step
         )
     ]
 )  # fmt: skip
@@ -47,20 +47,26 @@ PAIR_FLOATS = PAIR.itemsize // 4
 
 
 @jit
+def pairs_of(call: Any, rows: int, scratch: Scratch) -> Any:
+    """Array of the pairs of all heads, each with `rows` rows."""
+    count = call.heads * ((rows + 1) // 2)
+    return numba.carray(as_pointer(scratch.pairs), (count,), PAIR)  # type: ignore[attr-defined]
+
+
+@jit
 def pair_up(call: Any, rows: int, scratch: Scratch) -> None:
-    """Writes the pairs of all heads, each with `rows` rows."""
+    """Writes the pairs. The first ones of a head ask for as many cache lines as all of them read."""
     width, v_width = 4 * ((call.dim + 15) & -16), 4 * ((call.v_dim + 15) & -16)
-    pairs = numba.carray(as_pointer(scratch.pairs), (call.heads * rows,), PAIR)
-    per_head, pace = (rows + 1) // 2, call.element
+    pairs, per_head, pace = pairs_of(call, rows, scratch), (rows + 1) // 2, call.element
     while pace > 1 and pace // 2 * per_head >= call.element:
         pace //= 2
-    for h in range(call.heads):
-        for i in range(per_head):
-            pair, row = pairs[h * per_head + i], h * rows + 2 * i
-            other = min(row + 1, (h + 1) * rows - 1)
-            pair.key, pair.value = h * call.key_head, h * call.value_head
-            pair.query, pair.query_2 = scratch.queries + row * width, scratch.queries + other * width
-            pair.scores, pair.scores_2 = scratch.scores + 4 * row * TILE, scratch.scores + 4 * other * TILE
-            pair.sums, pair.sums_2 = scratch.sums + row * v_width, scratch.sums + other * v_width
-            pair.is_single = row == other
-            pair.pace = pace if i * pace < call.element else 0
+    for i in range(len(pairs)):
+        pair, head, place = pairs[i], i // per_head, i % per_head
+        row, last = head * rows + 2 * place, head * rows + rows - 1
+        other = min(row + 1, last)
+        pair.key, pair.value = head * call.key_head, head * call.value_head
+        pair.query, pair.query_2 = scratch.queries + row * width, scratch.queries + other * width
+        pair.scores, pair.scores_2 = scratch.scores + 4 * row * TILE, scratch.scores + 4 * other * TILE
+        pair.sums, pair.sums_2 = scratch.sums + row * v_width, scratch.sums + other * v_width
+        pair.is_single = row == other
+        pair.pace = pace if place * pace < call.element else 0

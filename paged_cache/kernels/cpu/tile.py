@@ -6,28 +6,15 @@ order of memory, a few of all heads before the next few. Meanwhile what comes ne
 
 from typing import Any
 
-import numba
-
 from .locating import Stream, fetch
-from .scratch import F32, I64, PAIR, STEP, jit
+from .scratch import F32, I64, STEP, jit, pairs_of
 from .simd import fma, splat
-from .simd_memory import as_pointer, load, load_part, peek, store, store_sums
+from .simd_memory import load, load_part, peek, store, store_sums
 
 
 @jit
-def _key(call: Any, places: int, token: int, pair: Any) -> int:
+def _key(call: Any, places: int, token: int, pair: Any) -> Any:
     return call.key + (peek(places, token, I64) + pair.key) * call.element
-
-
-@jit
-def _multiply_two(query: int, other: int, keys: Any, x: int, sums: Any, kind: Any) -> Any:
-    """Adds 16 products to each sum of two rows and four tokens."""
-    k0, k1, k2, k3 = keys
-    a0, a1, a2, a3, b0, b1, b2, b3 = sums
-    a, b = load(query, x, F32), load(other, x, F32)
-    y0, y1, y2, y3 = load(k0, x, kind), load(k1, x, kind), load(k2, x, kind), load(k3, x, kind)
-    a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
-    return a0, a1, a2, a3, fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
 
 
 @jit
@@ -35,37 +22,22 @@ def _score_two(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: 
     """Scores of two rows for four tokens."""
     k0, k1 = _key(call, places, t, pair), _key(call, places, t + 1, pair)
     k2, k3 = _key(call, places, t + 2, pair), _key(call, places, t + 3, pair)
-    keys, query, other, dim, pace = (k0, k1, k2, k3), pair.query, pair.query_2, call.dim, pair.pace
-    zero = splat(F32)
-    sums = (zero, zero, zero, zero, zero, zero, zero, zero)
-    for x in range(0, dim & -64, 64):
-        for i in range(0, 64, 16):
-            stream = fetch(stream, pace)
-            sums = _multiply_two(query, other, keys, x + i, sums, kind)
-    for x in range(dim & -64, dim & -16, 16):
+    query, other, pace, whole, n = pair.query, pair.query_2, pair.pace, call.dim & -16, call.dim & 15
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(F32)
+    for x in range(0, whole, 16):
         stream = fetch(stream, pace)
-        sums = _multiply_two(query, other, keys, x, sums, kind)
-    a0, a1, a2, a3, b0, b1, b2, b3 = sums
-    n = dim & 15
-    if n:
-        x = dim - n
         a, b = load(query, x, F32), load(other, x, F32)
-        y0, y1 = load_part(k0, x, kind, n), load_part(k1, x, kind, n)
-        y2, y3 = load_part(k2, x, kind, n), load_part(k3, x, kind, n)
+        y0, y1, y2, y3 = load(k0, x, kind), load(k1, x, kind), load(k2, x, kind), load(k3, x, kind)
+        a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
+        b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
+    if n:
+        a, b = load(query, whole, F32), load(other, whole, F32)
+        y0, y1 = load_part(k0, whole, kind, n), load_part(k1, whole, kind, n)
+        y2, y3 = load_part(k2, whole, kind, n), load_part(k3, whole, kind, n)
         a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
         b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
     store_sums(pair.scores + 4 * t, pair.scores_2 + 4 * t, a0, a1, a2, a3, b0, b1, b2, b3)
     return stream
-
-
-@jit
-def _multiply_one(query: int, keys: Any, x: int, sums: Any, kind: Any) -> Any:
-    """Adds 16 products to each sum of a row and four tokens."""
-    k0, k1, k2, k3 = keys
-    a0, a1, a2, a3 = sums
-    a = load(query, x, F32)
-    a0, a1 = fma(a, load(k0, x, kind), a0), fma(a, load(k1, x, kind), a1)
-    return a0, a1, fma(a, load(k2, x, kind), a2), fma(a, load(k3, x, kind), a3)
 
 
 @jit
@@ -75,43 +47,32 @@ def _score_one(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: 
     k2, k3 = _key(call, places, t + 2, pair), _key(call, places, t + 3, pair)
     k4, k5 = _key(call, places, t + 4, pair), _key(call, places, t + 5, pair)
     k6, k7 = _key(call, places, t + 6, pair), _key(call, places, t + 7, pair)
-    low, high, query, dim, pace = (k0, k1, k2, k3), (k4, k5, k6, k7), pair.query, call.dim, pair.pace
-    zero = splat(F32)
-    a, b = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    for x in range(0, dim & -64, 64):
-        for i in range(0, 64, 16):
-            stream = fetch(stream, pace)
-            a = _multiply_one(query, low, x + i, a, kind)
-            stream = fetch(stream, pace)
-            b = _multiply_one(query, high, x + i, b, kind)
-    for x in range(dim & -64, dim & -16, 16):
+    query, pace, whole, n = pair.query, pair.pace, call.dim & -16, call.dim & 15
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = splat(F32)
+    for x in range(0, whole, 16):
+        a = load(query, x, F32)
         stream = fetch(stream, pace)
-        a = _multiply_one(query, low, x, a, kind)
+        a0, a1 = fma(a, load(k0, x, kind), a0), fma(a, load(k1, x, kind), a1)
+        a2, a3 = fma(a, load(k2, x, kind), a2), fma(a, load(k3, x, kind), a3)
         stream = fetch(stream, pace)
-        b = _multiply_one(query, high, x, b, kind)
-    (a0, a1, a2, a3), (b0, b1, b2, b3) = a, b
-    n = dim & 15
+        a4, a5 = fma(a, load(k4, x, kind), a4), fma(a, load(k5, x, kind), a5)
+        a6, a7 = fma(a, load(k6, x, kind), a6), fma(a, load(k7, x, kind), a7)
     if n:
-        x = dim - n
-        q = load(query, x, F32)
-        a0, a1 = fma(q, load_part(k0, x, kind, n), a0), fma(q, load_part(k1, x, kind, n), a1)
-        a2, a3 = fma(q, load_part(k2, x, kind, n), a2), fma(q, load_part(k3, x, kind, n), a3)
-        b0, b1 = fma(q, load_part(k4, x, kind, n), b0), fma(q, load_part(k5, x, kind, n), b1)
-        b2, b3 = fma(q, load_part(k6, x, kind, n), b2), fma(q, load_part(k7, x, kind, n), b3)
-    store_sums(pair.scores + 4 * t, pair.scores + 4 * t + 16, a0, a1, a2, a3, b0, b1, b2, b3)
+        a = load(query, whole, F32)
+        a0, a1 = fma(a, load_part(k0, whole, kind, n), a0), fma(a, load_part(k1, whole, kind, n), a1)
+        a2, a3 = fma(a, load_part(k2, whole, kind, n), a2), fma(a, load_part(k3, whole, kind, n), a3)
+        a4, a5 = fma(a, load_part(k4, whole, kind, n), a4), fma(a, load_part(k5, whole, kind, n), a5)
+        a6, a7 = fma(a, load_part(k6, whole, kind, n), a6), fma(a, load_part(k7, whole, kind, n), a7)
+    store_sums(pair.scores + 4 * t, pair.scores + 4 * t + 16, a0, a1, a2, a3, a4, a5, a6, a7)
     return stream
 
 
 @jit
 def score(call: Any, stream: Stream, places: int, count: int, rows: int, scratch: Any, kind: Any) -> Stream:
-    """scores[r, t] = queries[r] . k[t], eight tokens at a time, of which the last ones may be one and the same.
-
-    Meanwhile what comes next is fetched: the keys `call.ahead` tokens on, then the values.
-    """
-    num_pairs = call.heads * ((rows + 1) // 2)
-    pairs = numba.carray(as_pointer(scratch.pairs), (num_pairs,), PAIR)
-    for t in range(0, count, STEP):
-        for i in range(num_pairs):
+    """scores[r, t] = queries[r] . k[t], eight tokens at a time, of which the last ones may be one and the same."""
+    pairs = pairs_of(call, rows, scratch)
+    for t in range(0, count, 8):
+        for i in range(len(pairs)):
             pair = pairs[i]
             if pair.is_single:
                 stream = _score_one(call, stream, places, t, pair, kind)
@@ -174,12 +135,11 @@ def _add_one(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
 
 @jit
 def accumulate(call: Any, stream: Stream, places: int, count: int, rows: int, scratch: Any, kind: Any) -> Stream:
-    """sums[r] += weights[r] @ V, 64 dimensions and `STEP` tokens at a time; meanwhile what comes next is fetched."""
-    num_pairs = call.heads * ((rows + 1) // 2)
-    pairs = numba.carray(as_pointer(scratch.pairs), (num_pairs,), PAIR)
+    """sums[r] += weights[r] @ V, 64 dimensions and `STEP` tokens at a time."""
+    pairs = pairs_of(call, rows, scratch)
     for t in range(0, count, STEP):
         end = min(t + STEP, count)
-        for i in range(num_pairs):
+        for i in range(len(pairs)):
             pair = pairs[i]
             if pair.is_single:
                 stream = _add_one(call, stream, places, t, end, pair, kind)

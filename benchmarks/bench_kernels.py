@@ -4,7 +4,7 @@
     python benchmarks/bench_kernels.py --device cuda --only decode prefill
 
 First the ceilings: a plain read of a large tensor, a copy, a matrix product. Then every shape, on blocks in runs of
-random lengths, as in a pool that serves requests: this package's kernels and their peers (SDPA on dense K and V,
+random lengths, 16 on average unless the line says otherwise: this package's kernels and their peers (SDPA on dense K and V,
 `DynamicCache`, gather and SDPA, torch's varlen attention) are checked against the reference and timed in turns. On CUDA
 the times are those of graph replays over layers that are together at least four times as large as the L2 cache; on a CPU
 an untimed call goes first unless `--cold` is given.

@@ -1,5 +1,6 @@
 """What the benchmarks count must hold, and what they time must run and agree; times are for people."""
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -58,6 +59,39 @@ def test_decode_steps_agree(tmp_path):
 
     assert result["lines"]
     assert all(line["worst_difference"] < TOLERANCE and line["rounds"] > 0 for line in result["lines"])
+
+
+def test_requests_are_served_in_pools(tmp_path):
+    """Pools hold what the requests need at a time and no more, and tables are made of runs."""
+    result = run("bench_allocation.py", tmp_path / "allocation.json", "--quick", "--slots", "8")
+    plain, caching = result["pools"]
+
+    assert result["num_requests"] == 48
+    assert (plain["prefix_caching"], caching["prefix_caching"]) == (False, True)
+    assert plain["num_allocated"] == caching["num_allocated"] > result["needed"]
+    assert plain["blocks_per_table"] == caching["blocks_per_table"]
+    for pool in result["pools"]:
+        assert result["needed"] == pool["peak"] <= pool["highest"] <= pool["num_blocks"] <= 1.15 * pool["peak"]
+        assert 1 <= pool["blocks_per_run"] <= pool["blocks_per_table"]
+        assert pool["extend_us"] > 0
+
+
+def test_requests_come_in_turn():
+    """The trace, then the same requests in another order; each gets a slot and, but for its last token, all it asks for."""
+    script = runpy.run_path(str(BENCHMARKS / "bench_allocation.py"))
+    requests = script["read_requests"](600, seed=0)
+    steps = list(script["steps"](requests, 16))
+    served = collections.Counter()
+    for step in steps:
+        served.update(step)
+
+    assert requests[0] == (374, 44)
+    assert sorted(requests[:256]) == sorted(requests[256:512])
+    assert requests[:256] != requests[256:512]
+    assert set(requests[512:]) <= set(requests[:256])
+    assert max(map(len, steps)) == 16
+    assert list(served.items()) == list(enumerate(prompt + output - 1 for prompt, output in requests))
+    assert [script["count_runs"](table) for table in ([5], [1, 2, 3], [3, 2, 1], [4, 5, 9, 10, 3])] == [1, 1, 3, 3]
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ class Shape:
         block_size: Tokens per block.
         window: As in `paged_attention`.
         first: Context and new tokens of the first row, where it is not like the others.
-        extent: Blocks of a row that lie side by side, on average: `bench_allocation.py` finds about as many in a pool
-            that serves requests. With 1 the order is random.
+        extent: Blocks of a row that lie side by side, on average; with 1 the order is random. `bench_allocation.py` counts
+            them in a pool that serves requests.
     """
 
     section: str

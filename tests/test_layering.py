@@ -60,7 +60,12 @@ PUBLIC = ["paged_cache", "paged_cache.assets", "paged_cache.errors", "paged_cach
 # Bookkeeping: importing one of these brings in no HEAVY library, directly or through our own modules.
 BOOKKEEPING = ["paged_cache.errors", "paged_cache.memory", "paged_cache.batching"]
 # A module of these that needs tensors is listed here; everything else in there stays plain.
-NOT_BOOKKEEPING = ["paged_cache.memory.pool", "paged_cache.memory.storage", "paged_cache.batching.batcher"]
+NOT_BOOKKEEPING = [
+    "paged_cache.memory.pool",
+    "paged_cache.memory.storage",
+    "paged_cache.memory.huge_pages",
+    "paged_cache.batching.batcher",
+]
 HEAVY = ["numba", "numpy", "peft", "torch", "transformers", "triton"]
 
 # Who may name a library at all. Whatever is optional stays where it is used.

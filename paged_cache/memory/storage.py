@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import copy_blocks, write_kv
 from ..kernels.quantized import LARGEST, as_bytes, dequantize, quantize
+from . import huge_pages
 from .layout import LayerSpec, PoolLayout
 
 ORDERS = {"cuda": "HND"}
@@ -136,7 +137,10 @@ class KVStorage:
 
     def _slab(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made in inference mode also serves `generate`, which is not
-            return torch.empty(self.num_blocks, self.block_size * numel, dtype=dtype, device=self.device)
+            shape = self.num_blocks, self.block_size * numel
+            if self.device.type == "cpu":
+                return huge_pages.empty(shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _scales(self, num_vectors: int) -> torch.Tensor | None:
         return self._slab(num_vectors, torch.float32) if self.kv_dtype in LARGEST else None

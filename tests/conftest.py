@@ -1,5 +1,6 @@
 """What every test gets: no network, one seed, one thread per worker, and GPU tests only where there is a GPU."""
 
+import gc
 import os
 import random
 
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled_heap() -> None:
+    """Spare collections the half second that all they find of torch, transformers and earlier tests would take."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -76,11 +76,11 @@ def judge(device: str, results: list[Result], ceilings: Ceilings) -> list[Verdic
 
 
 def _peer(name: str, section: str, sizes: tuple[int, int] | None = None) -> Callable[..., float | None]:
-    """Median ratio to a peer, in lines of one section and, if given, one batch and context."""
+    """Median ratio to a peer, in lines of one section and, if given, one batch and context; caches of 8 bits have no peer."""
 
     def value(result: Result, *_: Any) -> float | None:
         shape = result.shape
-        wanted = shape.section == section and sizes in (None, (shape.batch, shape.context))
+        wanted = shape.section == section and sizes in (None, (shape.batch, shape.context)) and not shape.kv_dtype
         return result.ratios[name].median if wanted and name in result.ratios else None
 
     return value

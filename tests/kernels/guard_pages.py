@@ -1,12 +1,15 @@
 """Runs the Triton kernels under the interpreter with unmapped memory right beside every tensor.
 
 The interpreter's loads and stores are raw pointers, so an access outside a tensor ends the process with SIGSEGV. Usage:
-`TRITON_INTERPRET=1 python guard_pages.py front|back [wrong-block]`; the last word plants the mistake that must be found.
+`TRITON_INTERPRET=1 python guard_pages.py JOB...`, each a `front` or `back`; `,wrong-block` after it plants the mistake that
+must be found.
 """
 
 import ctypes
 import mmap
+import multiprocessing
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -68,6 +71,15 @@ def guard_all(inputs: Inputs, side: str) -> Inputs:
     return replace(inputs, **guards, extras={name: guarded(x, side) for name, x in inputs.extras.items()})
 
 
+def run_jobs(work: Callable[..., None], jobs: list[str]) -> None:
+    """`work(*words)` for each job, its words joined by commas, in a forked child: it may die, and need not import."""
+    for job in jobs:
+        child = multiprocessing.get_context("fork").Process(target=work, args=job.split(","))
+        child.start()
+        child.join()
+        print(f"== {job}: {child.exitcode}", flush=True)  # noqa: T201
+
+
 def main(side: str, *mistakes: str) -> None:
     """Run all cases; ends in SIGSEGV if anything outside a tensor is touched."""
     new_empty = torch.Tensor.new_empty
@@ -85,4 +97,4 @@ def main(side: str, *mistakes: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_jobs(main, sys.argv[1:])

@@ -1,7 +1,7 @@
 """Runs what writes into blocks with unmapped memory right beside every tensor; see `guard_pages.py`.
 
-Usage: `TRITON_INTERPRET=1 python guard_writes.py triton|cpu front|back [wrong-slot|wrong-block]`; the last word plants the
-mistake that must be found: a slot behind the pool, or a block to copy that lies outside.
+Usage: `TRITON_INTERPRET=1 python guard_writes.py JOB...`, each a `triton` or `cpu`, `,front` or `,back`. A third word plants
+the mistake that must be found: `,wrong-slot` is one behind the pool, `,wrong-block` copies one that lies outside.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import sys
 import torch
 
 from paged_cache.kernels import reference
-from tests.kernels.guard_pages import guarded
+from tests.kernels.guard_pages import guarded, run_jobs
 from tests.kernels.write_cases import KV_DTYPES, NUM_BLOCKS, SHAPES, Pool, assert_same, pool
 
 WRITERS = {"triton": "paged_cache.kernels.triton.cache", "cpu": "paged_cache.kernels.cpu.cache"}
@@ -45,4 +45,4 @@ def main(writer: str, side: str, mistake: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_jobs(main, sys.argv[1:])

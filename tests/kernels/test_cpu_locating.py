@@ -45,8 +45,9 @@ def test_a_tile_is_located(order: str, heads: int, start: int, count: int) -> No
     for row, (base, dim) in enumerate(dims.items()):
         block_step, token_step, head_step = strides(order, dim)
         vectors = [block * block_step + t * token_step + head * head_step for block, t in tokens]
-        assert places[row, :count].tolist() == vectors
-        assert (places[row, count : -(-count // 8) * 8] == vectors[-1:]).all()
+        addresses = [base + first * element for first in vectors]
+        assert places[row, :count].tolist() == addresses
+        assert (places[row, count : -(-count // 8) * 8] == addresses[-1:]).all()
         for first in vectors:
             for h in range(heads):
                 at = base + (first + h * head_step) * element

@@ -1,8 +1,6 @@
 """The Triton kernels that write and copy blocks, without a GPU: their machine code, and what memory they touch."""
 
-import os
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -13,13 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 from paged_cache.kernels.triton import cache
-from tests.kernels import aot
+from tests.kernels import aot, interpreter
 from tests.kernels.write_cases import pool
 
 pytestmark = pytest.mark.slow
 
 GUARD = Path(__file__).with_name("guard_writes.py")
-ROOT = Path(__file__).parents[2]
+RIGHT = ["triton,front", "triton,back", "cpu,front", "cpu,back"]
+WRONG = ["triton,back,wrong-slot", "cpu,back,wrong-slot", "triton,front,wrong-block", "triton,back,wrong-block"]
 compiles = pytest.mark.skipif(
     cache.INTERPRETED or not aot.have_tools(), reason="needs the compiler, and what reads its binaries"
 )
@@ -76,37 +75,23 @@ def test_numbers_of_tokens_and_pairs_do_not_recompile(folder: Path) -> None:
     assert len({kernel.hash for kernel in kernels}) == 2
 
 
-def guarded(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run the writers under the interpreter with unmapped memory around every tensor."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(GUARD), *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
-    )
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, interpreter.Outcome]:
+    """The writers under the interpreter, with unmapped memory around every tensor."""
+    return interpreter.outcomes(GUARD, RIGHT + WRONG)
 
 
-@pytest.mark.parametrize("writer", ["triton", "cpu"])
-@pytest.mark.parametrize("side", ["front", "back"])
-def test_touches_nothing_outside_its_tensors(writer: str, side: str) -> None:
+@pytest.mark.parametrize("job", RIGHT)
+def test_touches_nothing_outside_its_tensors(job: str, outcomes: dict[str, interpreter.Outcome]) -> None:
     """With unmapped memory right before (behind) every tensor, all writes and copies run to the end."""
-    done = guarded(writer, side)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("right") >= 6
+    assert outcomes[job].status == 0, outcomes[job]
+    assert outcomes[job].stdout.count("right") >= 6
 
 
-@pytest.mark.parametrize(
-    ("writer", "side", "mistake"),
-    [
-        ("triton", "back", "wrong-slot"),
-        ("cpu", "back", "wrong-slot"),
-        ("triton", "front", "wrong-block"),
-        ("triton", "back", "wrong-block"),
-    ],
-)
-def test_the_guard_pages_catch_a_mistake(writer: str, side: str, mistake: str) -> None:
+@pytest.mark.parametrize("job", WRONG)
+def test_the_guard_pages_catch_a_mistake(job: str, outcomes: dict[str, interpreter.Outcome]) -> None:
     """The test above can fail: one slot or block just outside the pool, and the process dies of it."""
-    done = guarded(writer, side, mistake)
-    assert done.returncode == -11, done.stdout + done.stderr
+    assert outcomes[job].status == -signal.SIGSEGV, outcomes[job]
 
 
 def test_addresses_are_sent_without_waiting() -> None:

@@ -100,7 +100,7 @@ def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, he
 
 @jit
 def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
-    """Writes the element index of `count` tokens in keys, values and scales, the last one to a multiple of 8; adds extents."""
+    """Writes the places of `count` tokens, the last one up to a multiple of 8, and adds their extents."""
     for is_value in range(2):
         t = 0
         while t < count:
@@ -112,12 +112,12 @@ def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int,
                 value = block * call.value_block + offset * call.value_token + head * call.value_head
                 at = call.value + value * call.element
                 stream = _add_extents(call, stream, at, tokens, call.value_token, call.value_head, call.v_dim)
-                _number(places + 8 * TILE, t, tokens, value, call.value_token)
+                _number(places + 8 * TILE, t, tokens, at, call.value_token * call.element)
             else:
                 key = block * call.key_block + offset * call.key_token + head * call.key_head
                 at = call.key + key * call.element
                 stream = _add_extents(call, stream, at, tokens, call.key_token, call.key_head, call.dim)
-                _number(places, t, tokens, key, call.key_token)
+                _number(places, t, tokens, at, call.key_token * call.element)
                 if call.key_scales != 0:
                     _locate_scales(call, block, offset, head, tokens, places, t)
             t += tokens

@@ -15,6 +15,7 @@ NEVER = -1e30  # a score that weighs nothing; finite, so that differences of sco
 F32, I64 = np.float32(0), np.int64(0)
 
 jit: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)
+inline: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False, forceinline=True)
 
 
 class Scratch(NamedTuple):
@@ -27,7 +28,9 @@ class Scratch(NamedTuple):
     totals: int  # float32 [rows]: sum of the weights so far
     key_scales: int  # float32 [heads, TILE]
     value_scales: int  # likewise
-    places: int  # int64 [2, 4, TILE]: element index of keys, values and their scales; this tile and the next one
+    places: (
+        int  # int64 [2, 4, TILE]: addresses of keys and values, element index of their scales; this tile and the next
+    )
     pairs: int  # PAIR [rows]
     extents: int  # of `locating.Stream`
 
@@ -37,7 +40,7 @@ PAIR = np.dtype(
     [
         (name, np.int64)
         for name in (
-            "key", "value",  # element index of the kv head among those of a token
+            "key", "value",  # bytes from the first kv head of a token
             "query", "scores", "sums", "query_2", "scores_2", "sums_2",  # addresses of both rows in the scratch
             "is_single", "pace",  # pace: cache lines to ask for with each step
         )
@@ -64,7 +67,7 @@ def pair_up(call: Any, rows: int, scratch: Scratch) -> None:
         pair, head, place = pairs[i], i // per_head, i % per_head
         row, last = head * rows + 2 * place, head * rows + rows - 1
         other = min(row + 1, last)
-        pair.key, pair.value = head * call.key_head, head * call.value_head
+        pair.key, pair.value = head * call.key_head * call.element, head * call.value_head * call.element
         pair.query, pair.query_2 = scratch.queries + row * width, scratch.queries + other * width
         pair.scores, pair.scores_2 = scratch.scores + 4 * row * TILE, scratch.scores + 4 * other * TILE
         pair.sums, pair.sums_2 = scratch.sums + row * v_width, scratch.sums + other * v_width

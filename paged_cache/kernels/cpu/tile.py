@@ -7,21 +7,21 @@ order of memory, a few of all heads before the next few. Meanwhile what comes ne
 from typing import Any
 
 from .locating import Stream, fetch
-from .scratch import F32, I64, STEP, jit, pairs_of
+from .scratch import F32, I64, STEP, inline, jit, pairs_of
 from .simd import fma, splat
 from .simd_memory import load, load_part, peek, store, store_sums
 
 
-@jit
-def _key(call: Any, places: int, token: int, pair: Any) -> Any:
-    return call.key + (peek(places, token, I64) + pair.key) * call.element
+@inline
+def _key(places: int, token: int, pair: Any) -> Any:
+    return peek(places, token, I64) + pair.key
 
 
-@jit
+@inline
 def _score_two(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: Any) -> Stream:
     """Scores of two rows for four tokens."""
-    k0, k1 = _key(call, places, t, pair), _key(call, places, t + 1, pair)
-    k2, k3 = _key(call, places, t + 2, pair), _key(call, places, t + 3, pair)
+    k0, k1 = _key(places, t, pair), _key(places, t + 1, pair)
+    k2, k3 = _key(places, t + 2, pair), _key(places, t + 3, pair)
     query, other, pace, whole, n = pair.query, pair.query_2, pair.pace, call.dim & -16, call.dim & 15
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(F32)
     for x in range(0, whole, 16):
@@ -40,13 +40,13 @@ def _score_two(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: 
     return stream
 
 
-@jit
+@inline
 def _score_one(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: Any) -> Stream:
     """Scores of one row for eight tokens."""
-    k0, k1 = _key(call, places, t, pair), _key(call, places, t + 1, pair)
-    k2, k3 = _key(call, places, t + 2, pair), _key(call, places, t + 3, pair)
-    k4, k5 = _key(call, places, t + 4, pair), _key(call, places, t + 5, pair)
-    k6, k7 = _key(call, places, t + 6, pair), _key(call, places, t + 7, pair)
+    k0, k1 = _key(places, t, pair), _key(places, t + 1, pair)
+    k2, k3 = _key(places, t + 2, pair), _key(places, t + 3, pair)
+    k4, k5 = _key(places, t + 4, pair), _key(places, t + 5, pair)
+    k6, k7 = _key(places, t + 6, pair), _key(places, t + 7, pair)
     query, pace, whole, n = pair.query, pair.pace, call.dim & -16, call.dim & 15
     a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = splat(F32)
     for x in range(0, whole, 16):
@@ -82,17 +82,18 @@ def score(call: Any, stream: Stream, places: int, count: int, rows: int, scratch
     return stream
 
 
-@jit
+@inline
 def _add_two(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any, kind: Any) -> Stream:
     """Adds the values of some tokens to the sums of two rows."""
-    base, pace, weights, others = call.value + pair.value * call.element, pair.pace, pair.scores, pair.scores_2
+    pace, weights, others = pair.pace, pair.scores, pair.scores_2
     for x in range(0, call.v_dim & -64, 64):
+        offset = pair.value + x * call.element
         sums, sums_2 = pair.sums + 4 * x, pair.sums_2 + 4 * x
         a0, a1, a2, a3 = load(sums, 0, F32), load(sums, 16, F32), load(sums, 32, F32), load(sums, 48, F32)
         b0, b1, b2, b3 = load(sums_2, 0, F32), load(sums_2, 16, F32), load(sums_2, 32, F32), load(sums_2, 48, F32)
         for i in range(t, end):
             stream = fetch(stream, pace)
-            v = base + (peek(places, i, I64) + x) * call.element
+            v = peek(places, i, I64) + offset
             a, b = splat(peek(weights, i, F32)), splat(peek(others, i, F32))
             y0, y1, y2, y3 = load(v, 0, kind), load(v, 16, kind), load(v, 32, kind), load(v, 48, kind)
             a0, a1, a2, a3 = fma(a, y0, a0), fma(a, y1, a1), fma(a, y2, a2), fma(a, y3, a3)
@@ -103,22 +104,23 @@ def _add_two(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
         a0, b0 = load(pair.sums, x, F32), load(pair.sums_2, x, F32)
         for i in range(t, end):
             stream = fetch(stream, min(pace, 1))
-            y = load_part(base, peek(places, i, I64) + x, kind, min(call.v_dim - x, 16))
+            y = load_part(peek(places, i, I64) + pair.value, x, kind, min(call.v_dim - x, 16))
             a0, b0 = fma(splat(peek(weights, i, F32)), y, a0), fma(splat(peek(others, i, F32)), y, b0)
         store(pair.sums, x, a0), store(pair.sums_2, x, b0)
     return stream
 
 
-@jit
+@inline
 def _add_one(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any, kind: Any) -> Stream:
     """Adds the values of some tokens to the sums of a row."""
-    base, pace, weights = call.value + pair.value * call.element, pair.pace, pair.scores
+    pace, weights = pair.pace, pair.scores
     for x in range(0, call.v_dim & -64, 64):
+        offset = pair.value + x * call.element
         sums = pair.sums + 4 * x
         a0, a1, a2, a3 = load(sums, 0, F32), load(sums, 16, F32), load(sums, 32, F32), load(sums, 48, F32)
         for i in range(t, end):
             stream = fetch(stream, pace)
-            v = base + (peek(places, i, I64) + x) * call.element
+            v = peek(places, i, I64) + offset
             a = splat(peek(weights, i, F32))
             a0, a1 = fma(a, load(v, 0, kind), a0), fma(a, load(v, 16, kind), a1)
             a2, a3 = fma(a, load(v, 32, kind), a2), fma(a, load(v, 48, kind), a3)
@@ -127,7 +129,7 @@ def _add_one(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
         a0 = load(pair.sums, x, F32)
         for i in range(t, end):
             stream = fetch(stream, min(pace, 1))
-            y = load_part(base, peek(places, i, I64) + x, kind, min(call.v_dim - x, 16))
+            y = load_part(peek(places, i, I64) + pair.value, x, kind, min(call.v_dim - x, 16))
             a0 = fma(splat(peek(weights, i, F32)), y, a0)
         store(pair.sums, x, a0)
     return stream

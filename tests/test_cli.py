@@ -1,7 +1,6 @@
 """The `paged-cache` command, as a user runs it: on the model of the package, on other models, and on what is none."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from paged_cache.__main__ import main
 from paged_cache.assets import MODEL_PATH
 from paged_cache.cli import app
 from paged_cache.demo import PROMPTS, Demo, Row, count_tokens
@@ -278,10 +278,11 @@ def test_causal_models_are_told_from_others(demo):
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"]], ids=" ".join)
-def test_help_and_version(arguments):
-    """Also without the command on the path."""
-    command = [sys.executable, "-m", "paged_cache", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_help_and_version(arguments, monkeypatch, capsys):
+    """What `python -m paged_cache` runs reads the command line; test_packaging.py runs it as a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["paged-cache", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
 
-    assert result.returncode == 0, result.stderr
-    assert "paged" in result.stdout
+    assert not end.value.code
+    assert "paged" in capsys.readouterr().out

@@ -11,11 +11,11 @@ HUGE_PAGE = 2 * 1024**2
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Like `torch.empty` on the CPU; on Linux large tensors ask the kernel for huge pages. Untouched ones take no memory."""
-    numel = torch.Size(shape).numel()
-    nbytes = numel * dtype.itemsize
-    if sys.platform != "linux" or nbytes < HUGE_PAGE:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if sys.platform == "linux" and nbytes >= HUGE_PAGE:
+        with suppress(OSError, OverflowError):  # too much: torch says so
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError, AttributeError):  # a kernel, or a Python, without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+    return torch.empty(shape, dtype=dtype, device="cpu")

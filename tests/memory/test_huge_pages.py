@@ -39,3 +39,9 @@ def test_the_kernel_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asked
     assert huge_pages.empty((huge_pages.HUGE_PAGE,), torch.int8).sum() == 0
     assert asked == [huge_pages.mmap.MADV_HUGEPAGE]
+
+
+def test_too_much_is_torch_s_error() -> None:
+    """The message names the bytes, as it does for any other tensor."""
+    with pytest.raises(RuntimeError, match="allocate"):
+        huge_pages.empty((1 << 50,), torch.int8)

@@ -27,7 +27,8 @@ class FreeBlocks:
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        return (block for start in self._starts for block in range(start, self._end_of[start]))
+        extents = sorted(self._end_of.items())  # one dict only: a change may have been interrupted half done
+        return (block for start, end in extents for block in range(start, end))
 
     def add(self, block: int) -> None:
         """Adds a block that is not in the set, and joins it with its neighbours."""

@@ -81,6 +81,19 @@ def test_a_bias_of_minus_infinity_hides_a_key(path: str, monkeypatch: pytest.Mon
     assert out[0].any()
 
 
+@pytest.mark.parametrize("q_len", [3, 40])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_query_with_hidden_keys_sees_no_later_ones(path: str, q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token sees only itself, and not even that: zeros, whatever comes behind it."""
+    monkeypatch.setenv("PAGED_CACHE_KERNEL", path)
+    inputs = build(Case(lens=(q_len, 60), q_len=q_len, bias=2))
+    inputs.extras["position_bias"][..., 0] = float("-inf")
+    out = inputs.run(paged_attention)
+    torch.testing.assert_close(out, inputs.run(reference.paged_attention), rtol=1e-5, atol=1e-5)
+    assert not out[0, 0].any()
+    assert out[0, 1].any()
+
+
 @pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "position_bias"])
 def test_gradients_reach_all_that_is_learnt(name: str) -> None:
     """No fast kernel has a backward pass: the reference takes the call."""

@@ -11,7 +11,7 @@ TILE = 32  # tokens per step of the running softmax
 LINE = 64  # bytes of a cache line
 STEP = 8  # tokens whose values are summed in registers
 LOG2_E = 1.4426950408889634
-NEVER = -1e30  # a score that weighs nothing; finite, so that differences of scores are never NaN
+NEVER = -1e30  # the maximum of no score; finite, so that differences of scores are never NaN
 F32, I64 = np.float32(0), np.int64(0)
 
 jit: Any = numba.njit(nogil=True, error_model="numpy", boundscheck=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .scratch import F32, LOG2_E, NEVER, TILE, jit
+from .scratch import F32, LOG2_E, TILE, jit
 from .simd import add, exp2, fma, lane_max, lane_sum, lanes, maximum, mul, splat, sub, tanh
 from .simd_memory import load, load_part, peek, poke, store
 
@@ -43,11 +43,11 @@ def weigh(row: int, first: int, end: int, width: int, scratch: Any) -> None:
     scores = scratch.scores + row * TILE * 4
     last = (end + 15) & -16
     for t in range(first if first < end else TILE):
-        poke(scores, t, np.float32(NEVER if first < end else 0.0))
+        poke(scores, t, np.float32(-np.inf if first < end else 0.0))
     if first >= end:
         return
     for t in range(end, last):
-        poke(scores, t, np.float32(NEVER))
+        poke(scores, t, np.float32(-np.inf))
     best = load(scores, 0, F32)
     for t in range(16, last, 16):
         best = maximum(best, load(scores, t, F32))

@@ -99,53 +99,52 @@ def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, he
 
 
 @jit
-def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
-    """Writes the places of `count` tokens, the last one up to a multiple of 8, and adds their extents."""
-    for is_value in range(2):
-        t = 0
-        while t < count:
-            slot = (start + t) // call.block_size
-            offset = start + t - slot * call.block_size
-            block = np.int64(peek(call.table, b * call.table_row + slot, I32))
-            tokens = min(call.block_size - offset, count - t)
-            if is_value:
-                value = block * call.value_block + offset * call.value_token + head * call.value_head
-                at = call.value + value * call.element
-                stream = _add_extents(call, stream, at, tokens, call.value_token, call.value_head, call.v_dim)
-                _number(places + 8 * TILE, t, tokens, at, call.value_token * call.element)
-            else:
-                key = block * call.key_block + offset * call.key_token + head * call.key_head
-                at = call.key + key * call.element
-                stream = _add_extents(call, stream, at, tokens, call.key_token, call.key_head, call.dim)
-                _number(places, t, tokens, at, call.key_token * call.element)
-                if call.key_scales != 0:
-                    _locate_scales(call, block, offset, head, tokens, places, t)
-            t += tokens
-    if count > 0:
-        last_key, last_value = peek(places, count - 1, I64), peek(places, TILE + count - 1, I64)
-        for i in range(count, (count + 7) & -8):
-            poke(places, i, last_key)
-            poke(places, TILE + i, last_value)
+def _locate_vectors(
+    call: Any, stream: Stream, b: int, start: int, count: int, places: int, first: int, steps: Any, dim: int
+) -> Stream:
+    """Keys or values: `first` is the address in block 0, `steps` are elements from block to block, token and head."""
+    block_step, token_step, head_step = steps
+    t = 0
+    while t < count:
+        slot = (start + t) // call.block_size
+        offset = start + t - slot * call.block_size
+        block = np.int64(peek(call.table, b * call.table_row + slot, I32))
+        tokens = min(call.block_size - offset, count - t)
+        at = first + (block * block_step + offset * token_step) * call.element
+        stream = _add_extents(call, stream, at, tokens, token_step, head_step, dim)
+        for i in range(tokens):
+            poke(places, t + i, at + i * token_step * call.element)
+        t += tokens
+    for i in range(count, (count + 7) & -8 if count > 0 else count):
+        poke(places, i, peek(places, count - 1, I64))
     return stream
 
 
 @jit
-def _number(places: int, first: int, count: int, at: int, step: int) -> None:
-    for i in range(count):
-        poke(places, first + i, at + i * step)
+def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
+    """Writes the places of `count` tokens, the last one up to a multiple of 8, and adds their extents."""
+    first, steps = call.key + head * call.key_head * call.element, (call.key_block, call.key_token, call.key_head)
+    stream = _locate_vectors(call, stream, b, start, count, places, first, steps, call.dim)
+    if call.key_scales != 0:
+        _locate_scales(call, b, head, start, count, places)
+    first = call.value + head * call.value_head * call.element
+    steps = (call.value_block, call.value_token, call.value_head)
+    located: Stream = _locate_vectors(call, stream, b, start, count, places + 8 * TILE, first, steps, call.v_dim)
+    return located
 
 
 @jit
-def _locate_scales(call: Any, block: int, offset: int, head: int, tokens: int, places: int, t: int) -> None:
-    key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
-    value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
-    for i in range(tokens):
+def _locate_scales(call: Any, b: int, head: int, start: int, count: int, places: int) -> None:
+    for t in range(count):
+        slot = (start + t) // call.block_size
+        offset = start + t - slot * call.block_size
+        block = np.int64(peek(call.table, b * call.table_row + slot, I32))
+        key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
+        value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
         prefetch(call.key_scales + 4 * key)
         prefetch(call.value_scales + 4 * value)
-        poke(places, 2 * TILE + t + i, key)
-        poke(places, 3 * TILE + t + i, value)
-        key += call.key_scales_token
-        value += call.value_scales_token
+        poke(places, 2 * TILE + t, key)
+        poke(places, 3 * TILE + t, value)
 
 
 @jit

@@ -28,9 +28,7 @@ class Scratch(NamedTuple):
     totals: int  # float32 [rows]: sum of the weights so far
     key_scales: int  # float32 [heads, TILE]
     value_scales: int  # likewise
-    places: (
-        int  # int64 [2, 4, TILE]: addresses of keys and values, element index of their scales; this tile and the next
-    )
+    places: int  # int64 [2, 4, TILE]: addresses of keys and values, indices of their scales; this tile and the next one
     pairs: int  # PAIR [rows]
     extents: int  # of `locating.Stream`
 

@@ -1,0 +1,1 @@
+"""Many requests on one model and one pool: who is next, and how they run together."""

@@ -1,0 +1,90 @@
+"""A request as the scheduler sees it. Plain Python."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+
+class Status(Enum):
+    """Where a request is. From WAITING to RUNNING and, when it is preempted, back; FINISHED is for good."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence of a request: a request has one, or several for beams and returned sequences.
+
+    Attributes:
+        tokens: Ids of the prompt and of what was generated.
+        num_computed: How many of them have their K and V in the pool.
+        sequence: The bookkeeping of its blocks; None while it has none.
+    """
+
+    tokens: list[int]
+    num_computed: int = 0
+    sequence: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known; those that are not computed yet are what the next steps bring."""
+        return len(self.tokens)
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what is to become of it.
+
+    Attributes:
+        request_id: Unique among the requests of a batcher.
+        prompt_ids: Token ids.
+        max_new_tokens: Most tokens that it generates, per row.
+        num_rows: Sequences that it decodes at once. There is one row until the prompt is computed.
+        tenant: Whose it is (an adapter, a customer): lengths are predicted per tenant.
+        priority: Lower is sooner.
+        expected_tokens: The caller's own prediction of how many tokens it generates.
+        deadline: When it is given up, on the batcher's clock.
+        rows: Its sequences.
+        status: See `Status`.
+        arrival_time, admitted_time: On the batcher's clock; the first admission counts.
+        cached_tokens: Prompt tokens that the pool had at the first admission.
+        num_preemptions: How often it lost its blocks.
+        number: Arrivals before it.
+        key: Its place in the order, smallest first; never changes.
+        predicted_tokens, work: What the scheduler expected at arrival: tokens, and seconds of a slot's time.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    num_rows: int = 1
+    tenant: Hashable = None
+    priority: int = 0
+    expected_tokens: float | None = None
+    deadline: float | None = None
+    rows: list[Row] = field(default_factory=list)
+    status: Status = Status.WAITING
+    arrival_time: float = 0.0
+    admitted_time: float | None = None
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    number: int = -1
+    key: float = 0.0
+    predicted_tokens: float = 0.0
+    work: float = 0.0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+
+class Chunk(NamedTuple):
+    """Tokens of one row that a step computes: the next `num_tokens` behind `row.num_computed`."""
+
+    request: Request
+    row: Row
+    num_tokens: int

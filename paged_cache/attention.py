@@ -133,7 +133,8 @@ def _why_per_head_differs(view: PagedView, query: torch.Tensor, kwargs: dict[str
 
 def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     pattern, group = mask.source.pattern, view.group
-    blocks = view.step.storage.layers[view.layer]
+    step = view.step
+    blocks = step.storage.layers[view.layer]
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     window = pattern.window
@@ -144,8 +145,10 @@ def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str
         blocks.keys,
         blocks.values,
         group.block_table,
-        view.step.seq_lens,
+        step.seq_lens,
         scale=scale,
+        cu_seqlens_q=step.cu_seqlens_q,
+        max_q_len=step.max_q_len,
         window=window,
         chunk=pattern.chunk,
         softcap=softcap,

@@ -145,6 +145,7 @@ class Step:
     known_pads: list[int] = field(default_factory=list)
     groups: tuple[GroupStep, ...] = ()
     num_updates: int = 0
+    cu_seqlens_q = max_q_len = None  # rows are not packed
 
     @cached_property
     def seq_lens(self) -> torch.Tensor:

@@ -22,11 +22,13 @@ class Row:
         tokens: Ids of the prompt and of what was generated.
         num_computed: How many of them have their K and V in the pool.
         sequence: The bookkeeping of its blocks; None while it has none.
+        states: What else its computation goes on from, in models with linear attention.
     """
 
     tokens: list[int]
     num_computed: int = 0
     sequence: Any = None
+    states: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,6 +45,7 @@ class Request:
         prompt_ids: Token ids.
         max_new_tokens: Most tokens that it generates, per row.
         num_rows: Sequences that it decodes at once. There is one row until the prompt is computed.
+        cache_salt: Prefixes are only shared among requests of the same salt.
         tenant: Whose it is (an adapter, a customer): lengths are predicted per tenant.
         priority: Lower is sooner.
         expected_tokens: The caller's own prediction of how many tokens it generates.
@@ -61,6 +64,7 @@ class Request:
     prompt_ids: Sequence[int]
     max_new_tokens: int
     num_rows: int = 1
+    cache_salt: Hashable = None
     tenant: Hashable = None
     priority: int = 0
     expected_tokens: float | None = None

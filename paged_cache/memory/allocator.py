@@ -63,6 +63,10 @@ class BlockAllocator:
         """Number of tables that hold `block`."""
         return self._ref_counts[block]
 
+    def is_private(self, block: int) -> bool:
+        """Whether one table holds `block` and nothing else knows it, so that it may be written."""
+        return self._ref_counts[block] == 1 and block not in self._indexed
+
     def is_indexed(self, block: int) -> bool:
         """Whether the prefix index holds `block`."""
         return block in self._indexed

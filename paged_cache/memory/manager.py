@@ -56,6 +56,7 @@ class BlockManager:
         self.block_size = block_size
         self.windows = tuple(windows)
         self._visibility = Windows(self.windows, block_size)
+        self._has_windows = any(window is not None for window in self.windows)
         self.prefix_caching = prefix_caching
         self.counters = ManagerCounters()
         self.index = PrefixIndex(len(self.windows))
@@ -139,17 +140,47 @@ class BlockManager:
         return writes
 
     @_exclusive
+    def append(self, sequences: list[Sequence], tokens: list[int]) -> list[list[int]]:
+        """`extend` by one known token each, quick where a block has room: `slots[group][i]` of sequence `i`.
+
+        Raises:
+            OutOfBlocksError: Too few blocks; nothing was changed.
+        """
+        size, has_room = self.block_size, self.allocator.is_private
+        slow = [
+            i
+            for i, sequence in enumerate(sequences)
+            if sequence.num_tokens % size == 0 or not all(has_room(table[-1]) for table in sequence.tables)
+        ]
+        writes = self.extend([Growth(sequences[i], 1, [tokens[i]]) for i in slow]) if slow else Writes()
+        done = dict(zip(slow, range(len(slow)), strict=True))
+        slots: list[list[int]] = [[] for _ in self.windows]
+        for i, sequence in enumerate(sequences):
+            if i in done:
+                for group, row in enumerate(slots):
+                    row += writes.slots[group][done[i]]
+                continue
+            offset = sequence.num_tokens % size
+            for row, table in zip(slots, sequence.tables, strict=True):
+                row.append(table[-1] * size + offset)
+            if sequence.node is not None:
+                sequence.fresh = [tokens[i]]
+            sequence.num_tokens += 1
+        return slots
+
+    @_exclusive
+    def commit_all(self, sequences: list[Sequence]) -> None:
+        """`commit` of many."""
+        for sequence in sequences:
+            self._commit(sequence)
+
+    @_exclusive
     def commit(self, sequence: Sequence, keep_past: bool = False) -> None:
         """The tokens of the open step are computed.
 
         Full blocks enter the prefix index; blocks behind a window go back to the pool unless `keep_past`.
         """
-        sequence.tail += sequence.fresh
-        sequence.fresh = []
-        while sequence.node is not None and len(sequence.tail) >= self.block_size:
-            self._register(sequence)
-        if not keep_past:
-            self._release(sequence.drop_past(self._visibility.first_visible(sequence.num_tokens)))
+        self._commit(sequence, keep_past)
 
     def can_truncate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether all blocks are still there that the token behind the first `num_tokens` sees."""
@@ -222,6 +253,15 @@ class BlockManager:
         self.index.check({b for b in range(self.allocator.num_blocks) if self.allocator.is_indexed(b)})
         for sequence in live:
             sequence.check(self.block_size, self._visibility.first_visible(sequence.num_tokens))
+
+    def _commit(self, sequence: Sequence, keep_past: bool = False) -> None:
+        if sequence.node is not None:
+            sequence.tail += sequence.fresh
+            sequence.fresh = []
+            while sequence.node is not None and len(sequence.tail) >= self.block_size:
+                self._register(sequence)
+        if self._has_windows and not keep_past:
+            self._release(sequence.drop_past(self._visibility.first_visible(sequence.num_tokens)))
 
     def _adopt(self, sequence: Sequence) -> Sequence:
         self._registry.add(sequence)

@@ -1,0 +1,125 @@
+"""The pool as the scheduler sees it: blocks of requests instead of blocks of sequences."""
+
+from collections.abc import Hashable
+
+from ..memory.sequence import Sequence
+from ..pool import BlockPool
+from .request import Chunk, Request, Row
+from .scheduler import Prefix
+
+
+class PoolMemory:
+    """Gives requests blocks and takes them back; see `scheduler.Memory`.
+
+    Args:
+        pool: Where the blocks come from.
+        shares_prefixes: Whether a prompt may begin with blocks that another request left.
+    """
+
+    def __init__(self, pool: BlockPool, shares_prefixes: bool) -> None:
+        self.pool, self._manager = pool, pool.manager
+        self._shares_prefixes = shares_prefixes
+        self.num_blocks, self.block_size = pool.num_blocks, pool.block_size
+        self._windows = pool.storage.layout.windows
+        self._keys: dict[Hashable, Hashable] = {}
+        self._light_key: Hashable = None
+        self._coming: set[tuple[int, tuple[int, ...]]] = set()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now."""
+        return self._manager.num_free
+
+    def begin_step(self, running: list[Request]) -> None:
+        """Looks anew at what K and V depend on; what running rows compute from here on is shared no more if it changed."""
+        self._keys.clear()
+        self._coming.clear()
+        light_key = self.pool.light_key()
+        if light_key != self._light_key:
+            self._light_key = light_key
+            for request in running:
+                for row in request.rows:
+                    if row.sequence is not None:
+                        row.sequence.forget_tokens()
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a row of so many tokens holds, in all layer groups."""
+        size = self.block_size
+        num_blocks = -(-num_tokens // size)
+        return sum(
+            num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
+            for window in self._windows
+        )
+
+    def growth(self, row: Row, num_tokens: int) -> int:
+        """Most new blocks that computing so many more tokens of a row takes."""
+        size, start = self.block_size, row.num_computed
+        num_new = (-(-(start + num_tokens) // size) + -start // size) * len(self._windows)
+        if start % size and row.sequence is not None:  # a shared block is copied before it is written
+            num_new += sum(self._manager.allocator.ref_count(table[-1]) > 1 for table in row.sequence.tables)
+        return num_new
+
+    def look(self, request: Request) -> Prefix:
+        """What the pool holds of the request's tokens, or will hold after this step."""
+        key = self._root_key(request)
+        if key is None:
+            return Prefix(0, False)
+        tokens = request.rows[0].tokens
+        with self._manager.lock:
+            sequence = self._manager.new_sequence(key)
+            num_cached = self._manager.match(sequence, tokens, len(tokens) - 1)
+            is_coming = bool(self._coming) and self._is_coming(sequence, tokens)
+            self._manager.release(sequence)
+        return Prefix(num_cached, is_coming)
+
+    def admit(self, request: Request) -> None:
+        """Makes the sequences of the request's rows, with what the pool holds of their tokens."""
+        key = self._root_key(request)
+        is_first = request.admitted_time is None
+        for row in request.rows:
+            limit = row.num_tokens - 1
+            with self._manager.lock:
+                row.sequence = self._manager.new_sequence(key)
+                row.num_computed = self._manager.match(row.sequence, row.tokens, limit)
+                self._manager.take_prefix(row.sequence, row.tokens, row.num_computed)
+            if is_first and key is not None:
+                self._manager.counters.prefix_queries += row.num_tokens
+                self._manager.counters.prefix_hits += row.num_computed
+                request.cached_tokens = row.num_computed
+
+    def expect(self, chunk: Chunk) -> None:
+        """A prompt's next blocks are computed in this step: requests that start alike had better wait for it."""
+        row, sequence = chunk.row, chunk.row.sequence
+        if sequence is None or sequence.node is None:
+            return
+        start = sequence.node.depth * self.block_size
+        if start + self.block_size <= row.num_computed + chunk.num_tokens:
+            self._coming.add((id(sequence.node), tuple(row.tokens[start : start + self.block_size])))
+
+    def release(self, request: Request) -> None:
+        """Takes all blocks of a request's rows."""
+        for row in request.rows:
+            self.release_row(row)
+
+    def release_row(self, row: Row) -> None:
+        """Takes the blocks of one row, which has to be computed anew."""
+        if row.sequence is not None:
+            self._manager.release(row.sequence)
+        row.sequence, row.states, row.num_computed = None, None, 0
+
+    def _root_key(self, request: Request) -> Hashable | None:
+        """All that the request's K and V depend on besides its tokens; asked once per step, since it takes time."""
+        if not self._shares_prefixes:
+            return None
+        salt = type(request.cache_salt), request.cache_salt
+        if salt not in self._keys:
+            self._keys[salt] = self.pool.root_key(salt, 0)
+        return self._keys[salt]
+
+    def _is_coming(self, sequence: Sequence, tokens: list[int]) -> bool:
+        size = self.block_size
+        if sequence.node is None:
+            return False
+        nodes = self._manager.index.match(sequence.node, tokens, size)
+        node, start = (nodes[-1] if nodes else sequence.node), len(nodes) * size
+        return (id(node), tuple(tokens[start : start + size])) in self._coming

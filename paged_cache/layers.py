@@ -19,7 +19,8 @@ from .compat import not_traced
 from .model_spec import has_reference_window
 from .state import PagedState
 
-_PLUMBING = ("_state", "layer_idx")
+PLUMBING = ("_state", "layer_idx")
+"""Attributes that tie a layer to its cache; all others are what it keeps."""
 
 
 class PagedLayer(DynamicLayer):
@@ -215,7 +216,7 @@ def paged_layer(template: Any, layer_idx: int, state: PagedState) -> Any:
 
 def copy_states(source: Any, target: Any) -> None:
     """Gives `target` a copy of all that `source` keeps outside the pool."""
-    states = {name: value for name, value in vars(source).items() if name not in _PLUMBING}
+    states = {name: value for name, value in vars(source).items() if name not in PLUMBING}
     vars(target).update(copy.deepcopy(states))
 
 

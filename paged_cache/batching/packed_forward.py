@@ -56,6 +56,9 @@ class PackedForward:
             row.num_computed += num_tokens
         return logits
 
+    def settle(self) -> None:
+        """Nothing: rows keep nothing outside the pool."""
+
     def _grow(self, chunks: list[Chunk]) -> list[list[int]]:
         """Per layer group the slots of all new tokens."""
         single, longer = _Part(), _Part()

@@ -25,7 +25,8 @@ class PackedForward:
     whole_prompts = False
 
     def __init__(self, model: Any, pool: BlockPool) -> None:
-        self._model, self._manager, self._device = model, pool.manager, pool.device
+        self.model, self.pool = model, pool
+        self._manager, self._device = pool.manager, pool.device
         self._num_layers = len(pool.spec.layers)
         self._cache = PackedCache(pool)
         inner = getattr(model, "_orig_mod", model)
@@ -96,7 +97,7 @@ class PackedForward:
         inputs = torch.tensor([[ids], [positions]], device=self._device)
         kept = torch.tensor(lasts, device=self._device) if len(lasts) < len(ids) else 0
         options = {"logits_to_keep": kept if lasts else 1} if self._can_select else {}
-        output = self._model(
+        output = self.model(
             input_ids=inputs[0],
             position_ids=inputs[1],
             past_key_values=self._cache,

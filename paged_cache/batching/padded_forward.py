@@ -16,21 +16,18 @@ class PaddedForward:
     """Runs the chunks of a step as one forward per prompt and one for the rows that decode.
 
     Prompts are computed whole and without padding, since states of linear attention begin at a prompt's first token. Rows
-    that decode are padded on the left, which nothing is stored for; where padding has an effect, they run one by one.
-
-    Attributes:
-        name: "padded", or "single" where rows run one by one.
+    that decode are padded on the left, which nothing is stored for.
 
     Args:
         model: Called as `generate` would call it; patched.
         pool: Its pool.
     """
 
+    name = "padded"
     whole_prompts = True
 
     def __init__(self, model: Any, pool: BlockPool) -> None:
-        self._model, self._pool = model, pool
-        self.name = "padded" if pool.spec.ignores_padding else "single"
+        self.model, self.pool = model, pool
         self._inner = getattr(model, "_orig_mod", model)
         parameters = inspect.signature(self._inner.forward).parameters
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
@@ -42,13 +39,16 @@ class PaddedForward:
 
     def __call__(self, chunks: list[Chunk]) -> torch.Tensor:
         """Computes the chunks' tokens; see `PackedForward`. Chunks that were computed before one failed stay computed."""
-        decoding = [chunk.row for chunk in chunks if self.name == "padded" and chunk.row.num_computed]
+        decoding = [chunk.row for chunk in chunks if self._goes_together(chunk)]
         logits = {id(row): x for row, x in zip(decoding, self._decode(decoding) if decoding else [], strict=True)}
         for _, row, num_tokens in chunks:
             if id(row) not in logits:
                 self._prefill(row, num_tokens, logits)
         ready = [logits[id(row)] for _, row, _ in chunks if id(row) in logits]
         return torch.stack(ready) if ready else torch.empty(0, 1)
+
+    def _goes_together(self, chunk: Chunk) -> bool:
+        return chunk.row.num_computed > 0
 
     def _prefill(self, row: Row, num_tokens: int, logits: dict[int, torch.Tensor]) -> None:
         start, end = row.num_computed, row.num_computed + num_tokens
@@ -98,7 +98,7 @@ class PaddedForward:
         self._rows = []
 
     def _cache_of(self, rows: list[Row], length: int, pads: list[int] | None = None) -> PagedCache:
-        cache = PagedCache(self._pool)
+        cache = PagedCache(self.pool)
         state = cache._state
         state.rows = [row.sequence for row in rows]
         state.begin_at(length, pads or [0] * len(rows), [None] * len(rows))
@@ -110,7 +110,7 @@ class PaddedForward:
 
     def _forward(self, ids: list[list[int]], cache: PagedCache, pads: list[int], length: int) -> torch.Tensor:
         """Logits `[rows, vocab_size]` behind each row's last token."""
-        device, q_len = self._pool.device, len(ids[0])
+        device, q_len = self.pool.device, len(ids[0])
         columns = torch.arange(length, device=device)
         mask = (columns >= torch.tensor(pads, device=device)[:, None]).long()
         inputs: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
@@ -124,8 +124,17 @@ class PaddedForward:
         inputs = self._inner.prepare_inputs_for_generation(
             torch.tensor(ids, device=device), is_first_iteration=is_first, **inputs
         )
-        logits: torch.Tensor = self._model(**inputs, return_dict=True).logits[:, -1]
+        logits: torch.Tensor = self.model(**inputs, return_dict=True).logits[:, -1]
         return logits
+
+
+class OneByOneForward(PaddedForward):
+    """For models in which padding has an effect: rows that decode run one by one, too."""
+
+    name = "single"
+
+    def _goes_together(self, chunk: Chunk) -> bool:
+        return False
 
 
 def _is(a: Any, b: Any) -> bool:

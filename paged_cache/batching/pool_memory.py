@@ -2,10 +2,10 @@
 
 from collections.abc import Hashable
 
-from ..memory.sequence import Sequence
+from ..memory.prefix import PrefixNode
 from ..pool import BlockPool
+from .plan import Prefix
 from .request import Chunk, Request, Row
-from .scheduler import Prefix
 
 
 class PoolMemory:
@@ -63,14 +63,19 @@ class PoolMemory:
         """What the pool holds of the request's tokens, or will hold after this step."""
         key = self._root_key(request)
         if key is None:
-            return Prefix(0, False)
-        tokens = request.rows[0].tokens
-        with self._manager.lock:
-            sequence = self._manager.new_sequence(key)
-            num_cached = self._manager.match(sequence, tokens, len(tokens) - 1)
-            is_coming = bool(self._coming) and self._is_coming(sequence, tokens)
-            self._manager.release(sequence)
-        return Prefix(num_cached, is_coming)
+            return Prefix(0, False, 0)
+        tokens, manager = request.rows[0].tokens, self._manager
+        with manager.lock:
+            sequence = manager.new_sequence(key)
+            if sequence.node is None:
+                return Prefix(0, False, 0)
+            num_cached = manager.match(sequence, tokens, len(tokens) - 1)
+            nodes = manager.index.match(sequence.node, tokens, self.block_size)
+            held = [block for node in nodes[: -(-num_cached // self.block_size)] for block in node.held()]
+            num_idle = sum(manager.allocator.ref_count(block) == 0 for block in held)
+            is_coming = bool(self._coming) and self._next_block(nodes[-1] if nodes else sequence.node, tokens) in self._coming
+            manager.release(sequence)
+        return Prefix(num_cached, is_coming, num_idle)
 
     def admit(self, request: Request) -> None:
         """Makes the sequences of the request's rows, with what the pool holds of their tokens."""
@@ -88,13 +93,12 @@ class PoolMemory:
                 request.cached_tokens = row.num_computed
 
     def expect(self, chunk: Chunk) -> None:
-        """A prompt's next blocks are computed in this step: requests that start alike had better wait for it."""
+        """A prompt's next block is computed in this step: requests that start alike had better wait for it."""
         row, sequence = chunk.row, chunk.row.sequence
         if sequence is None or sequence.node is None:
             return
-        start = sequence.node.depth * self.block_size
-        if start + self.block_size <= row.num_computed + chunk.num_tokens:
-            self._coming.add((id(sequence.node), tuple(row.tokens[start : start + self.block_size])))
+        if (sequence.node.depth + 1) * self.block_size <= row.num_computed + chunk.num_tokens:
+            self._coming.add(self._next_block(sequence.node, row.tokens))
 
     def release(self, request: Request) -> None:
         """Takes all blocks of a request's rows."""
@@ -107,6 +111,28 @@ class PoolMemory:
             self._manager.release(row.sequence)
         row.sequence, row.states, row.num_computed = None, None, 0
 
+    def fork(self, row: Row, num_rows: int) -> list[Row]:
+        """The row and copies of it on the same blocks, `num_rows` in all."""
+        return [row, *(self._fork(row) for _ in range(num_rows - 1))]
+
+    def select(self, rows: list[Row], parents: list[int]) -> list[Row]:
+        """Row `i` of the result goes on from row `parents[i]`: forked where it is named twice, released where never."""
+        if parents == list(range(len(rows))):
+            return rows
+        taken: set[int] = set()
+        chosen = []
+        for parent in parents:
+            chosen.append(self._fork(rows[parent]) if parent in taken else rows[parent])
+            taken.add(parent)
+        for i, row in enumerate(rows):
+            if i not in taken:
+                self.release_row(row)
+        return chosen
+
+    def _fork(self, row: Row) -> Row:
+        sequence = self._manager.fork(row.sequence) if row.sequence is not None else None
+        return Row(list(row.tokens), row.num_computed, sequence, row.states)
+
     def _root_key(self, request: Request) -> Hashable | None:
         """All that the request's K and V depend on besides its tokens; asked once per step, since it takes time."""
         if not self._shares_prefixes:
@@ -116,10 +142,7 @@ class PoolMemory:
             self._keys[salt] = self.pool.root_key(salt, 0)
         return self._keys[salt]
 
-    def _is_coming(self, sequence: Sequence, tokens: list[int]) -> bool:
-        size = self.block_size
-        if sequence.node is None:
-            return False
-        nodes = self._manager.index.match(sequence.node, tokens, size)
-        node, start = (nodes[-1] if nodes else sequence.node), len(nodes) * size
-        return (id(node), tuple(tokens[start : start + size])) in self._coming
+    def _next_block(self, node: PrefixNode, tokens: list[int]) -> tuple[int, tuple[int, ...]]:
+        """What names the full block of these tokens behind a node."""
+        start = node.depth * self.block_size
+        return id(node), tuple(tokens[start : start + self.block_size])

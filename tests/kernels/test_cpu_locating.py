@@ -5,9 +5,10 @@ import pytest
 
 pytest.importorskip("numba")
 
-from paged_cache.kernels.cpu.kernel import CALL
 from paged_cache.kernels.cpu.locating import Stream, fetch, locate, ring_size
+from paged_cache.kernels.cpu.record import CALL
 from paged_cache.kernels.cpu.scratch import LINE, TILE
+from paged_cache.kernels.cpu.units import Unit
 
 BLOCK_SIZE, NUM_HEADS, KEY, VALUE = 4, 2, 1 << 20, 1 << 30
 TABLE = np.array([5, 6, 2, 0], np.int32)
@@ -32,13 +33,14 @@ def test_a_tile_is_located(order: str, heads: int, start: int, count: int) -> No
     head, element, dims = NUM_HEADS - heads, 4, {KEY: 8, VALUE: 24}
     call = np.zeros(1, CALL)[0]
     call["key"], call["value"], call["table"] = KEY, VALUE, TABLE.ctypes.data
-    call["block_size"], call["heads"], call["element"], call["dim"], call["v_dim"] = BLOCK_SIZE, heads, element, 8, 24
+    call["block_size"], call["element"], call["dim"], call["v_dim"] = BLOCK_SIZE, element, 8, 24
     for name, dim in (("key", 8), ("value", 24)):
         call[f"{name}_block"], call[f"{name}_token"], call[f"{name}_head"] = strides(order, dim)
     ring, places = np.zeros((ring_size(heads), 2), np.int64), np.zeros((4, TILE), np.int64)
 
     stream = Stream(0, 0, 0, 0, ring.ctypes.data, len(ring) - 1)
-    located = locate(call, stream, 0, head, start, count, places.ctypes.data).located
+    unit = Unit(0, 0, 0, 1, 0, start, start + count, heads, 256, 1, 0, 1)
+    located = locate(call, stream, unit, head, start, count, places.ctypes.data).located
 
     tokens = [(TABLE[t // BLOCK_SIZE], t % BLOCK_SIZE) for t in range(start, start + count)]
     wanted: list[int] = []

@@ -12,8 +12,8 @@ import numpy as np
 
 from .scratch import F32, I64, LINE, TILE, jit
 from .simd_memory import peek, poke, prefetch
+from .units import I32, Unit
 
-I32 = np.int32(0)
 AHEAD = 16 * 1024  # bytes between what is asked for and what is computed with
 
 
@@ -78,9 +78,11 @@ def ask_first(stream: Stream) -> Stream:
 
 
 @jit
-def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, head: int, dim: int) -> Stream:
-    """Adds the vectors of some tokens and all heads; `at` is the address of the first one, `token` and `head` are strides."""
-    outer, outer_step, inner, inner_step = tokens, token * call.element, call.heads, head * call.element
+def _add_extents(
+    call: Any, stream: Stream, at: int, tokens: int, heads: int, token: int, head: int, dim: int
+) -> Stream:
+    """Adds the vectors of some tokens and heads; `at` is the address of the first one, `token` and `head` are strides."""
+    outer, outer_step, inner, inner_step = tokens, token * call.element, heads, head * call.element
     if outer_step < inner_step:
         outer, outer_step, inner, inner_step = inner, inner_step, outer, outer_step
     length = dim * call.element
@@ -100,7 +102,7 @@ def _add_extents(call: Any, stream: Stream, at: int, tokens: int, token: int, he
 
 @jit
 def _locate_vectors(
-    call: Any, stream: Stream, b: int, start: int, count: int, places: int, first: int, steps: Any, dim: int
+    call: Any, stream: Stream, unit: Unit, start: int, count: int, places: int, first: int, steps: Any, dim: int
 ) -> Stream:
     """Keys or values: `first` is the address in block 0, `steps` are elements from block to block, token and head."""
     block_step, token_step, head_step = steps
@@ -108,10 +110,10 @@ def _locate_vectors(
     while t < count:
         slot = (start + t) // call.block_size
         offset = start + t - slot * call.block_size
-        block = np.int64(peek(call.table, b * call.table_row + slot, I32))
+        block = np.int64(peek(call.table, unit.row * call.table_row + slot, I32))
         tokens = min(call.block_size - offset, count - t)
         at = first + (block * block_step + offset * token_step) * call.element
-        stream = _add_extents(call, stream, at, tokens, token_step, head_step, dim)
+        stream = _add_extents(call, stream, at, tokens, unit.heads, token_step, head_step, dim)
         for i in range(tokens):
             poke(places, t + i, at + i * token_step * call.element)
         t += tokens
@@ -121,24 +123,24 @@ def _locate_vectors(
 
 
 @jit
-def locate(call: Any, stream: Stream, b: int, head: int, start: int, count: int, places: int) -> Stream:
+def locate(call: Any, stream: Stream, unit: Unit, head: int, start: int, count: int, places: int) -> Stream:
     """Writes the places of `count` tokens, the last one up to a multiple of 8, and adds their extents."""
     first, steps = call.key + head * call.key_head * call.element, (call.key_block, call.key_token, call.key_head)
-    stream = _locate_vectors(call, stream, b, start, count, places, first, steps, call.dim)
+    stream = _locate_vectors(call, stream, unit, start, count, places, first, steps, call.dim)
     if call.key_scales != 0:
-        _locate_scales(call, b, head, start, count, places)
+        _locate_scales(call, unit, head, start, count, places)
     first = call.value + head * call.value_head * call.element
     steps = (call.value_block, call.value_token, call.value_head)
-    located: Stream = _locate_vectors(call, stream, b, start, count, places + 8 * TILE, first, steps, call.v_dim)
+    located: Stream = _locate_vectors(call, stream, unit, start, count, places + 8 * TILE, first, steps, call.v_dim)
     return located
 
 
 @jit
-def _locate_scales(call: Any, b: int, head: int, start: int, count: int, places: int) -> None:
+def _locate_scales(call: Any, unit: Unit, head: int, start: int, count: int, places: int) -> None:
     for t in range(count):
         slot = (start + t) // call.block_size
         offset = start + t - slot * call.block_size
-        block = np.int64(peek(call.table, b * call.table_row + slot, I32))
+        block = np.int64(peek(call.table, unit.row * call.table_row + slot, I32))
         key = block * call.key_scales_block + offset * call.key_scales_token + head * call.key_scales_head
         value = block * call.value_scales_block + offset * call.value_scales_token + head * call.value_scales_head
         prefetch(call.key_scales + 4 * key)
@@ -148,10 +150,10 @@ def _locate_scales(call: Any, b: int, head: int, start: int, count: int, places:
 
 
 @jit
-def load_scales(call: Any, places: int, count: int, scratch: Any) -> None:
+def load_scales(call: Any, places: int, heads: int, count: int, scratch: Any) -> None:
     """Scales of the tokens of a tile, side by side for each head."""
     unit = np.float32(call.unit)
-    for h in range(call.heads):
+    for h in range(heads):
         for t in range(count):
             key = peek(places, 2 * TILE + t, I64) + h * call.key_scales_head
             value = peek(places, 3 * TILE + t, I64) + h * call.value_scales_head

@@ -48,17 +48,11 @@ PAIR_FLOATS = PAIR.itemsize // 4
 
 
 @jit
-def pairs_of(call: Any, rows: int, scratch: Scratch) -> Any:
-    """Array of the pairs of all heads, each with `rows` rows."""
-    count = call.heads * ((rows + 1) // 2)
-    return numba.carray(as_pointer(scratch.pairs), (count,), PAIR)  # type: ignore[attr-defined]
-
-
-@jit
-def pair_up(call: Any, rows: int, scratch: Scratch) -> None:
-    """Writes the pairs. The first ones of a head ask for as many cache lines as all of them read."""
+def pair_up(call: Any, rows: int, heads: int, scratch: Scratch) -> Any:
+    """Array of the pairs of some kv heads, each with `rows` rows. The first ones of a head ask for as many cache lines as all of them read."""
     width, v_width = 4 * ((call.dim + 15) & -16), 4 * ((call.v_dim + 15) & -16)
-    pairs, per_head, pace = pairs_of(call, rows, scratch), (rows + 1) // 2, call.element
+    per_head, pace = (rows + 1) // 2, call.element
+    pairs = numba.carray(as_pointer(scratch.pairs), (heads * per_head,), PAIR)  # type: ignore[attr-defined]
     while pace > 1 and pace // 2 * per_head >= call.element:
         pace //= 2
     for i in range(len(pairs)):
@@ -71,3 +65,4 @@ def pair_up(call: Any, rows: int, scratch: Scratch) -> None:
         pair.sums, pair.sums_2 = scratch.sums + row * v_width, scratch.sums + other * v_width
         pair.is_single = row == other
         pair.pace = pace if place * pace < call.element else 0
+    return pairs

@@ -7,7 +7,7 @@ order of memory, a few of all heads before the next few. Meanwhile what comes ne
 from typing import Any
 
 from .locating import Stream, fetch
-from .scratch import F32, I64, STEP, inline, jit, pairs_of
+from .scratch import F32, I64, STEP, inline, jit
 from .simd import fma, splat
 from .simd_memory import load, load_part, peek, store, store_sums
 
@@ -68,9 +68,8 @@ def _score_one(call: Any, stream: Stream, places: int, t: int, pair: Any, kind: 
 
 
 @jit
-def score(call: Any, stream: Stream, places: int, count: int, rows: int, scratch: Any, kind: Any) -> Stream:
+def score(call: Any, stream: Stream, places: int, count: int, pairs: Any, kind: Any) -> Stream:
     """scores[r, t] = queries[r] . k[t], eight tokens at a time, of which the last ones may be one and the same."""
-    pairs = pairs_of(call, rows, scratch)
     for t in range(0, count, 8):
         for i in range(len(pairs)):
             pair = pairs[i]
@@ -136,9 +135,8 @@ def _add_one(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
 
 
 @jit
-def accumulate(call: Any, stream: Stream, places: int, count: int, rows: int, scratch: Any, kind: Any) -> Stream:
+def accumulate(call: Any, stream: Stream, places: int, count: int, pairs: Any, kind: Any) -> Stream:
     """sums[r] += weights[r] @ V, 64 dimensions and `STEP` tokens at a time."""
-    pairs = pairs_of(call, rows, scratch)
     for t in range(0, count, STEP):
         end = min(t + STEP, count)
         for i in range(len(pairs)):

@@ -1,0 +1,199 @@
+"""transformers' own beam search over forked rows: its loop runs in a thread and waits where it would call the model."""
+
+import copy
+import queue
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import PagedCacheError
+from .preparing import Prepared
+from .request import Row
+from .shadow import shadow
+
+PATIENCE = 600.0
+"""Seconds that the loop may take for one token; longer means that a processor of its hangs."""
+
+
+class Turn(NamedTuple):
+    """What the rows do next: row `i` goes on from row `parents[i]` with `tokens[i]`."""
+
+    parents: list[int]
+    tokens: list[int]
+
+
+class BeamSearch:
+    """The beams of one request; see `Decoding`.
+
+    Args:
+        model: Whose `_beam_search` runs.
+        prepared: The request as `generate` understands it.
+        generator: Where random numbers come from, for sampling among beams.
+
+    Attributes:
+        sequences_scores, scores, logits: As `generate` returns them, if they were asked for.
+    """
+
+    is_plain = False
+    streamer = None
+
+    def __init__(self, model: PreTrainedModel, prepared: Prepared, generator: torch.Generator | None) -> None:
+        self.prompt_ids: list[int] = prepared.input_ids[0].tolist()
+        self.num_rows = len(prepared.input_ids)
+        self.max_length = int(prepared.config.max_length)
+        self.max_new_tokens = max(self.max_length - len(self.prompt_ids), 1)
+        self.rows: list[Row] = []
+        self.reasons: list[str | None] = [None]
+        self.sequences_scores: torch.Tensor | None = None
+        self.scores: Any = None
+        self.logits: Any = None
+        self._prepared, self._generator = prepared, generator
+        self._cache = _BeamCache()
+        self._shadow = shadow(model, __call__=self._forward, _reorder_cache=_reorder)
+        self._logits: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[Turn | BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._found: list[list[int]] = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the search is over."""
+        return None not in self.reasons
+
+    def sequences(self) -> list[list[int]]:
+        """Generated tokens of each returned sequence, the best first; of all beams while the search goes on."""
+        return self._found or [row.tokens[len(self.prompt_ids) :] for row in self.rows]
+
+    def begin(self) -> None:
+        """Nothing: time counts from the first turn of the loop."""
+
+    def advance(self, logits: torch.Tensor) -> Turn | None:
+        """Lets the loop choose.
+
+        Args:
+            logits: `[num_rows, vocab_size]` behind each row's last token.
+
+        Returns:
+            What the rows do next; None if the search is over.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="paged-cache-beam-search", daemon=True)
+            self._thread.start()
+        self._logits.put(logits)
+        try:
+            turn = self._turns.get(timeout=PATIENCE)
+        except queue.Empty:
+            raise PagedCacheError(f"the beam search took longer than {PATIENCE:.0f} s for one token.") from None
+        if isinstance(turn, BaseException):
+            raise turn
+        return turn
+
+    def close(self) -> None:
+        """Ends the loop, wherever it is."""
+        if self._thread is not None:
+            self._logits.put(None)
+
+    def _run(self) -> None:
+        prepared = self._prepared
+        config = copy.copy(prepared.config)
+        config.return_dict_in_generate = True
+        kwargs = {**prepared.model_kwargs, "past_key_values": self._cache, "use_cache": True}
+        try:
+            with torch.no_grad(), _Randomness(self._generator) as self._randomness:
+                output = type(self._shadow)._beam_search(
+                    self._shadow,
+                    prepared.input_ids,
+                    logits_processor=prepared.processors,
+                    stopping_criteria=prepared.criteria,
+                    generation_config=config,
+                    **kwargs,
+                )
+            self._read(output)
+            self._turns.put(None)
+        except _Ended:
+            pass
+        except BaseException as error:  # noqa: BLE001 (it is raised where the engine waits)
+            self._turns.put(error)
+
+    def _forward(self, model: Any, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Stands in the place of the model: asks the engine for the logits behind `input_ids`."""
+        if self._cache.length:
+            self._turns.put(Turn(self._cache.take_parents(self.num_rows), input_ids[:, -1].tolist()))
+        self._cache.length += input_ids.shape[1]
+        with self._randomness.paused():
+            logits = self._logits.get()
+        if logits is None:
+            raise _Ended
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)  # type: ignore[arg-type]
+
+    def _read(self, output: Any) -> None:
+        lengths = (output.beam_indices >= 0).sum(-1).tolist()
+        start = len(self.prompt_ids)
+        self._found = [
+            ids[start : start + length] for ids, length in zip(output.sequences.tolist(), lengths, strict=True)
+        ]
+        self.sequences_scores, self.scores, self.logits = output.sequences_scores, output.scores, output.logits
+        self.reasons = ["length" if start + len(ids) >= self.max_length else "stop" for ids in self._found]
+
+
+class _Ended(BaseException):
+    """Leaves a loop whose request is gone."""
+
+
+class _BeamCache(DynamicCache):
+    """Knows how long the rows are and from which each goes on; the engine has their blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self._parents: list[int] | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._parents = beam_idx.tolist()
+
+    def take_parents(self, num_rows: int) -> list[int]:
+        """Since the last time."""
+        parents, self._parents = self._parents, None
+        return parents if parents is not None else list(range(num_rows))
+
+
+def _reorder(model: Any, cache: _BeamCache, beam_idx: torch.Tensor) -> _BeamCache:
+    cache.reorder_cache(beam_idx)
+    return cache
+
+
+class _Randomness:
+    """Puts a generator's state in the place of torch's global one, for code that knows no generator."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._generator = generator
+        self._is_cuda = generator is not None and generator.device.type == "cuda"
+
+    def __enter__(self) -> "_Randomness":
+        self._swap()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._swap()
+
+    def paused(self) -> "_Randomness":
+        """The global state comes back while somebody else works: the same swap, as a `with` of its own."""
+        return self
+
+    def _swap(self) -> None:
+        if self._generator is None:
+            return
+        mine = self._generator.get_state()
+        if self._is_cuda:
+            self._generator.set_state(torch.cuda.get_rng_state(self._generator.device))
+            torch.cuda.set_rng_state(mine, self._generator.device)
+        else:
+            self._generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(mine)

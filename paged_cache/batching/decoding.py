@@ -1,0 +1,148 @@
+"""Output processing of one request: which processors and criteria it has, what it chose, when it is complete."""
+
+import time
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as processes
+from transformers.generation import stopping_criteria as criteria_
+
+from .preparing import Prepared
+from .request import Row
+
+SHARED: dict[type, tuple[str, ...]] = {
+    processes.TemperatureLogitsWarper: ("temperature",),
+    processes.TopKLogitsWarper: ("top_k", "filter_value"),
+    processes.TopPLogitsWarper: ("top_p", "filter_value", "min_tokens_to_keep"),
+    processes.MinPLogitsWarper: ("min_p", "filter_value", "min_tokens_to_keep"),
+    processes.TypicalLogitsWarper: ("mass", "filter_value", "min_tokens_to_keep"),
+    processes.EpsilonLogitsWarper: ("epsilon", "filter_value", "min_tokens_to_keep"),
+    processes.InfNanRemoveLogitsProcessor: (),
+    processes.LogitNormalization: (),
+}
+"""Processors that look at the scores of one row and at nothing else, with what their result depends on."""
+
+NO_KEY: Hashable = ()
+
+
+class Decoding:
+    """Greedy search or sampling.
+
+    Args:
+        prepared: The request as `generate` understands it.
+        generator: Where random numbers come from.
+
+    Attributes:
+        rows: All sequences, complete ones included.
+        reasons: Why each is complete: "stop", "length", "timeout"; None while it is not.
+        is_plain: One greedy sequence without processors.
+        own, shared: Processors that need the request's own call, and those behind them that others may share.
+        shared_key: Equal keys mean equal `shared`.
+    """
+
+    def __init__(self, prepared: Prepared, generator: torch.Generator) -> None:
+        config = prepared.config
+        self.config, self.streamer, self.generator = config, prepared.streamer, generator
+        self.prompt_ids: list[int] = prepared.input_ids[0].tolist()
+        self.num_rows = len(prepared.input_ids)
+        self.do_sample = bool(config.do_sample)
+        self.own, self.shared, self.shared_key = _split(prepared.processors)
+        self.max_length, self.eos_ids, self.criteria = _read(prepared.criteria)
+        self.max_new_tokens = max(self.max_length - len(self.prompt_ids), 1)
+        self.rows: list[Row] = []
+        self.reasons: list[str | None] = [None] * self.num_rows
+        keeps = bool(config.return_dict_in_generate)
+        self.scores: list[torch.Tensor] | None = [] if keeps and config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if keeps and config.output_logits else None
+        keeps_any = self.scores is not None or self.logits is not None
+        self.is_plain = not (self.do_sample or self.own or self.shared or keeps_any or self.num_rows > 1)
+        self._pad = int(config.pad_token_id) if isinstance(config.pad_token_id, int) else 0
+        self._ids: torch.Tensor | None = prepared.input_ids if self.own or self.criteria else None
+        self._length = len(self.prompt_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sequence is."""
+        return None not in self.reasons
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """int64 `[num_rows, length]`: what processors and criteria look at."""
+        assert self._ids is not None
+        return self._ids[:, : self._length]
+
+    def begin(self) -> None:
+        """The first token is about to be computed: from here on `max_time` counts."""
+        for criterion in self.criteria:
+            if isinstance(criterion, criteria_.MaxTimeCriteria):
+                criterion.initial_timestamp = time.time()
+
+    def sequences(self) -> list[list[int]]:
+        """Generated tokens of each sequence."""
+        return [row.tokens[len(self.prompt_ids) :] for row in self.rows]
+
+    def keep(self, logits: torch.Tensor, scores: torch.Tensor) -> None:
+        """Remembers `[num_rows, vocab_size]` of this token, if that was asked for."""
+        if self.logits is not None:
+            self.logits.append(logits.clone())
+        if self.scores is not None:
+            self.scores.append(scores.clone())
+
+    def accept(self, tokens: list[int]) -> None:
+        """Appends a token to each sequence that is not complete, and looks which are complete now."""
+        self._length += 1
+        if self._ids is not None:
+            self._write(tokens)
+        is_last = self._length >= self.max_length
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if self.reasons[i] is None:
+                row.tokens.append(token)
+                if token in self.eos_ids:
+                    self.reasons[i] = "stop"
+        if self.criteria:
+            self._ask_criteria()
+        if is_last:
+            self.reasons = [reason or "length" for reason in self.reasons]
+
+    def _write(self, tokens: list[int]) -> None:
+        """`input_ids` with one more column, padding for complete sequences."""
+        assert self._ids is not None
+        if self._ids.shape[1] < self._length:
+            room = min(self.max_length, 2 * self._length) - self._ids.shape[1]
+            self._ids = torch.cat([self._ids, self._ids.new_empty(self.num_rows, max(room, 1))], dim=1)
+        column = [self._pad if reason else token for token, reason in zip(tokens, self.reasons, strict=True)]
+        self._ids[:, self._length - 1] = torch.tensor(column, device=self._ids.device)
+
+    def _ask_criteria(self) -> None:
+        scores: Any = tuple(self.scores) if self.scores is not None else None
+        for criterion in self.criteria:
+            done = criterion(self.input_ids, scores)
+            reason = "timeout" if isinstance(criterion, criteria_.MaxTimeCriteria) else "stop"
+            flags = done.tolist() if isinstance(done, torch.Tensor) and done.dim() else [bool(done)] * self.num_rows
+            self.reasons = [old or (reason if flag else None) for old, flag in zip(self.reasons, flags, strict=True)]
+
+
+def _split(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, LogitsProcessorList, Hashable]:
+    """Processors of a request's own and the shareable ones behind them, with the latter's key."""
+    first = len(processors)
+    while first and type(processors[first - 1]) in SHARED:
+        first -= 1
+    key = tuple(
+        (type(p).__name__, *(float(getattr(p, name)) for name in SHARED[type(p)])) for p in processors[first:]
+    )
+    return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), key
+
+
+def _read(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:
+    """The longest length, the tokens that end a sequence, and the criteria that have to be asked."""
+    max_length, eos_ids, others = [2**62], set(), []
+    for criterion in criteria:
+        if type(criterion) is criteria_.MaxLengthCriteria:
+            max_length.append(criterion.max_length)
+        elif type(criterion) is criteria_.EosTokenCriteria:
+            eos_ids.update(criterion.eos_token_id.tolist())
+        else:
+            others.append(criterion)
+    return min(max_length), frozenset(eos_ids), others

@@ -1,0 +1,104 @@
+"""What a caller holds of a request that is under way."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..compat import logger
+from .output import RequestOutput
+
+Listener = Callable[[int | None], None]
+
+
+class RequestHandle:
+    """Iterate over it for tokens as they come, ask for its `result`, or `cancel` it; from any thread.
+
+    Where no thread of the batcher runs (see `ContinuousBatcher.start`), whoever waits does the work.
+
+    Args:
+        request_id: Of the request.
+        wait: Called with a condition and seconds (or None): returns when the condition holds.
+        cancel: Ends the request.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        wait: Callable[[Callable[[], bool], float | None], None],
+        cancel: Callable[[str], None],
+    ) -> None:
+        self.request_id = request_id
+        self._wait, self._cancel = wait, cancel
+        self._tokens: list[int] = []
+        self._output: RequestOutput | None = None
+        self._listeners: list[Listener] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """What there is so far: tokens of the first sequence; of a beam search none before its end."""
+        return list(self._tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` has something to return."""
+        return self._output is not None
+
+    def __iter__(self) -> Iterator[int]:
+        """Tokens of the first sequence, as they are chosen.
+
+        Raises:
+            Exception: What ended the request, if it was an error.
+        """
+        count = 0
+        while True:
+            self._wait(lambda: self._output is not None or len(self._tokens) > count, None)
+            while count < len(self._tokens):
+                yield self._tokens[count]
+                count += 1
+            if self._output is not None and count == len(self._tokens):
+                break
+        if self._output.error is not None:
+            raise self._output.error
+
+    def result(self, timeout: float | None = None) -> RequestOutput:
+        """Waits for the end.
+
+        Args:
+            timeout: Seconds to wait at most; the request goes on.
+
+        Raises:
+            TimeoutError: It was not over by then.
+        """
+        self._wait(lambda: self._output is not None, timeout)
+        assert self._output is not None
+        return self._output
+
+    def cancel(self) -> None:
+        """Ends the request with finish reason "abort", unless it is over. It keeps the tokens it has."""
+        self._cancel(self.request_id)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Calls `listener` with each further token, and with None at the end; from the thread that does the work."""
+        self._listeners.append(listener)
+        if self._output is not None:
+            self._tell(None)
+
+    def _push(self, token: int) -> None:
+        self._tokens.append(token)
+        if self._listeners:
+            self._tell(token)
+
+    def _finish(self, output: RequestOutput) -> None:
+        self._tokens += output.generated_tokens[len(self._tokens) :]
+        self._output = output
+        self._tell(None)
+
+    def _tell(self, token: Any) -> None:
+        for listener in self._listeners:
+            try:
+                listener(token)
+            except Exception:
+                logger.exception("a listener of request %s failed", self.request_id)
+
+    def __repr__(self) -> str:
+        state = self._output.finish_reason if self._output is not None else f"{len(self._tokens)} tokens so far"
+        return f"RequestHandle({self.request_id!r}, {state})"

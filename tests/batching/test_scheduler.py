@@ -1,0 +1,206 @@
+"""Who runs, who waits, who loses its blocks: on blocks that are numbers and a clock that is set by hand."""
+
+import pytest
+
+from paged_cache.batching.policy import Policy
+from paged_cache.batching.request import Status
+from paged_cache.batching.scheduler import Scheduler
+from paged_cache.errors import InvalidRequestError
+from tests.batching.integer_memory import IntegerMemory, IntRow, make_request
+
+
+class Machine:
+    """A scheduler, its memory and its clock; `step` is the engine's part."""
+
+    def __init__(
+        self, num_blocks=1000, block_size=4, max_num_seqs=4, max_num_batched_tokens=64, prefixes=None, **options
+    ):
+        self.now = 0.0
+        self.memory = IntegerMemory(num_blocks, block_size, prefixes)
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        self.scheduler = Scheduler(self.memory, clock=lambda: self.now, **limits, **options)
+        self.admitted, self.ended, self.plans = [], [], []
+
+    def add(self, *requests):
+        for request in requests:
+            request.arrival_time = self.now
+        self.scheduler.add(*requests)
+        return requests
+
+    def step(self, budget=None):
+        """Computes one plan; rows whose tokens are all computed get one more, or end."""
+        plan = self.scheduler.schedule(budget)
+        self.plans.append(plan)
+        self.admitted += plan.admitted
+        for request, row, num_tokens in plan.chunks:
+            assert request.status is Status.RUNNING
+            assert 0 < num_tokens <= row.num_tokens - row.num_computed
+            self.memory.compute(row, num_tokens)
+        for request in {chunk.request: None for chunk in plan.chunks}:
+            self.sample(request)
+        self.now += 0.01
+        return plan
+
+    def sample(self, request):
+        if any(row.num_computed < row.num_tokens for row in request.rows):
+            return
+        while len(request.rows) < request.num_rows:  # forks copy, which is the worst case for blocks
+            row = IntRow(request.rows[0].num_tokens)
+            request.rows.append(row)
+            if self.memory.growth(row, row.num_tokens) <= self.memory.num_free:
+                self.memory.compute(row, row.num_tokens)
+        for row in request.rows:
+            row.num_tokens += row.num_computed == row.num_tokens
+        if min(row.num_tokens for row in request.rows) >= request.num_prompt_tokens + request.max_new_tokens:
+            self.ended.append(request)
+            self.scheduler.remove(request)
+            self.scheduler.observe_output(request, request.max_new_tokens)
+
+    def run(self, limit=10_000):
+        """Until nothing is left to do."""
+        while self.scheduler.num_waiting or self.scheduler.num_running:
+            assert self.step().chunks, "nothing gets on"
+            limit -= 1
+            assert limit, "it takes for ever"
+        return self
+
+
+def names(requests):
+    return [request.request_id for request in requests]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "sjf", "sjf-no-aging", "hrrn"])
+def test_everything_ends_and_the_blocks_come_back(policy):
+    """Each request is admitted once and ends; memory is whole again."""
+    machine = Machine(policy=policy, num_blocks=40)
+    requests = machine.add(*(make_request(i, 1 + 7 * i % 23, 1 + 5 * i % 17) for i in range(50)))
+    machine.run()
+
+    assert sorted(names(machine.ended)) == sorted(names(requests))
+    assert machine.memory.num_free == 40
+    assert all(request.status is Status.FINISHED for request in requests)
+    assert machine.scheduler.stats[:6] == (50, 50, machine.scheduler.stats.num_preemptions, 0, 0, 0)
+
+
+def test_a_step_has_decodes_first_and_keeps_to_the_budget():
+    """Rows with one token to go, then running prompts, then new ones, cut to what the budget leaves."""
+    machine = Machine(policy="fcfs", max_num_batched_tokens=10)
+    short, long, last = machine.add(
+        make_request("short", 3, 9), make_request("long", 14, 2), make_request("last", 30, 2)
+    )
+
+    plans = [[(chunk.request, chunk.num_tokens) for chunk in machine.step().chunks] for _ in range(3)]
+    assert plans == [[(short, 3), (long, 7)], [(short, 1), (long, 7), (last, 2)], [(short, 1), (long, 1), (last, 8)]]
+    assert [chunk.request for chunk in machine.memory.expected] == [short, long, long, last, last]
+    assert sum(chunk.num_tokens for chunk in machine.step(budget=4).chunks) == 4
+
+
+def test_chunks_have_a_limit():
+    """`max_chunk` tokens of a prompt in a step, whatever the budget."""
+    machine = Machine(max_chunk=5)
+    machine.add(make_request("a", 12, 1))
+
+    assert [machine.step().chunks[0].num_tokens for _ in range(3)] == [5, 5, 2]
+
+
+def test_whole_prompts_come_in_one_piece():
+    """As many prompts as the budget allows and at least one, decodes beside them."""
+    machine = Machine(whole_prompts=True, max_num_batched_tokens=10, policy="fcfs")
+    machine.add(make_request("a", 6, 9), make_request("b", 5, 9), make_request("c", 40, 9))
+
+    plans = [[(chunk.request.request_id, chunk.num_tokens) for chunk in machine.step().chunks] for _ in range(3)]
+    assert plans == [[("a", 6)], [("a", 1), ("b", 5)], [("a", 1), ("b", 1), ("c", 40)]]
+
+
+def test_rows_are_slots():
+    """A request with several rows waits until all of them find a slot, and holds them."""
+    machine = Machine(max_num_seqs=4, policy="fcfs")
+    machine.add(make_request("a", 4, 5, num_rows=3), make_request("b", 4, 3, num_rows=2), make_request("c", 4, 3))
+
+    assert names(machine.step().admitted) == ["a"]
+    assert len(machine.step().chunks) == machine.scheduler.num_running_seqs == 3
+    machine.run()
+    assert names(machine.admitted) == ["a", "b", "c"]
+    with pytest.raises(InvalidRequestError, match="num_rows=5"):
+        machine.add(make_request("d", num_rows=5))
+
+
+def test_priorities_are_strict():
+    """A lower number goes first, whatever its length; within one priority the policy decides."""
+    machine = Machine(max_num_seqs=1)
+    machine.add(make_request("b", 4, 2, priority=1), make_request("a", 4, 9, priority=1), make_request("z", 60, 60))
+    machine.run()
+
+    assert names(machine.admitted) == ["z", "b", "a"]
+
+
+def test_own_policies():
+    """A key is all that a policy needs; one that is no number is refused."""
+
+    class Last(Policy):
+        def key(self, request, outlook):
+            return float("nan") if request.tenant else -float(request.request_id)
+
+    machine = Machine(policy=Last(), max_num_seqs=1)
+    machine.add(*map(make_request, range(5)))
+    machine.run()
+
+    assert names(machine.admitted) == ["4", "3", "2", "1", "0"]
+    with pytest.raises(InvalidRequestError, match="NaN"):
+        machine.add(make_request(7, tenant="x"))
+    with pytest.raises(InvalidRequestError, match="'sjf', 'fcfs', 'sjf-no-aging', 'hrrn'"):
+        Machine(policy="srpt")
+
+
+def test_shortest_first():
+    """By default, short requests overtake long ones that arrived a moment before."""
+    machine = Machine(max_num_seqs=1)
+    machine.add(make_request("long", 60, 90), make_request("middle", 30, 30), make_request("short", 4, 4))
+    machine.run()
+
+    assert names(machine.admitted) == ["short", "middle", "long"]
+
+
+def test_what_is_coming_is_waited_for():
+    """A prompt whose prefix is computed in this step is passed over until the next one; others go before it."""
+    machine = Machine(policy="fcfs", max_displacement=9)
+    machine.memory.coming = {"b"}
+    machine.add(*map(make_request, "abc"))
+
+    assert names(machine.step().admitted) == ["a", "c"]
+    machine.memory.coming.clear()
+    assert names(machine.step().admitted) == ["b"]
+
+
+def test_too_few_blocks_take_the_last_key():
+    """Who has the largest key loses its blocks, waits at its key, and runs on later; the number of admissions counts it once."""
+    machine = Machine(num_blocks=8, policy="fcfs", headroom=0)
+    first, second = make_request("a", 8, 20, expected_tokens=1), make_request("b", 8, 12, expected_tokens=1)
+    machine.add(first, second)
+    machine.run()
+
+    assert first.num_preemptions == 0 < second.num_preemptions
+    assert names(machine.ended) == ["a", "b"]
+    assert machine.scheduler.stats.num_admitted == 2
+
+
+def test_cancelled_ones_leave_at_once():
+    """A request can be removed while it waits, runs or is over."""
+    machine = Machine(max_num_seqs=1)
+    waiting, running = machine.add(make_request("w", 9, 9), make_request("r", 3, 3))
+    machine.step()
+    machine.scheduler.remove(waiting)
+    machine.scheduler.remove(running)
+    machine.scheduler.remove(running)
+
+    assert (machine.scheduler.num_waiting, machine.scheduler.num_running, machine.memory.num_free) == (0, 0, 1000)
+    assert not machine.step().chunks
+
+
+def test_the_last_one_is_not_preempted():
+    """Somebody always runs on."""
+    machine = Machine()
+    assert machine.scheduler.preempt() is None
+    machine.add(make_request("a"))
+    machine.step()
+    assert machine.scheduler.preempt() is None

@@ -1,0 +1,68 @@
+"""This package's batcher."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from paged_cache import BlockPool
+
+from .outcome import Run, Served
+from .workload import Workload
+
+try:
+    from paged_cache import ContinuousBatcher
+except ImportError:  # peers can be measured without it
+    ContinuousBatcher = None
+
+
+@dataclass
+class Ours:
+    """`ContinuousBatcher.generate` with a pool and a prefix index of its own for each run.
+
+    Attributes:
+        policy: Of the batcher; also the candidate's name.
+        room: Size of the pool, of what all requests would need at once.
+        limits: `max_num_seqs`, `max_num_batched_tokens`.
+    """
+
+    model: Any
+    policy: str
+    room: float
+    limits: dict[str, int]
+    block_size: int = 16
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return self.policy
+
+    def describe(self) -> dict[str, Any]:
+        """Settings."""
+        return {"room": self.room, "block_size": self.block_size, **self.limits}
+
+    def run(self, workload: Workload) -> Run:
+        """From the call of `generate` until it returns."""
+        pool = self.make_pool(workload)
+        used: list[int] = [0]
+        hook = self.model.register_forward_hook(lambda *_: used.append(pool.num_blocks - pool.num_free))
+        try:
+            with ContinuousBatcher(self.model, pool, policy=self.policy, **self.limits) as batcher:
+                start = time.perf_counter()
+                outputs = batcher.generate(
+                    workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False
+                )
+                seconds = time.perf_counter() - start
+                num_preemptions = batcher.stats().num_preemptions
+        finally:
+            hook.remove()
+        pool.check()
+        requests = [Served(list(x.generated_tokens), x.metrics.ttft, x.metrics.e2e_latency) for x in outputs]
+        kv_bytes = max(used) * pool.nbytes // pool.num_blocks
+        return Run(seconds, requests, kv_bytes, num_preemptions, sum(x.cached_tokens for x in outputs))
+
+    def make_pool(self, workload: Workload) -> BlockPool:
+        """At least large enough for the longest request."""
+        lengths = [len(prompt) + new for prompt, new in zip(workload.prompts, workload.num_new, strict=True)]
+        blocks = [-(-length // self.block_size) for length in lengths]
+        num_blocks = max(max(blocks) + 1, int(self.room * sum(blocks)))
+        return BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=self.block_size)

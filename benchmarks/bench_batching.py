@@ -1,0 +1,136 @@
+"""Many requests at once: this package's batcher against a loop of `generate`, padded batches and transformers' own batching.
+
+    python benchmarks/bench_batching.py
+    python benchmarks/bench_batching.py --rounds 1 --shared 256 --add
+
+Requests are those of the Azure 2023 conversation trace (data/azure23_conv_256.csv), lengths divided by `--factor`, tokens
+at random, all there at the beginning; with `--shared 256` all prompts start with the same 256 tokens. Everybody generates
+the same number of tokens per request, greedily. One process, rounds in turns; before the first one everybody serves the
+first requests, untimed. Each timed run is compared with the loop, token by token: whoever has other tokens gets no times,
+and if it is this package the benchmark fails. The package `batching` beside this file has the parts.
+"""
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from batching import measuring, models, ours, peers, report
+from batching.measuring import Candidate, Comparison
+from batching.workload import Workload, make_workload
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from roofline.report import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAMES = ("loop", "padded", "generate_batch", *measuring.OURS)
+LOAD = 1.5
+QUICK = {"model": "tiny", "requests": 8, "factor": 20.0, "rounds": 1}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=models.NAMES, default="28m", help="a random one, or the one that ships")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--factor", type=float, default=5.0, help="by which the trace's lengths are divided")
+    parser.add_argument(
+        "--shared", nargs="+", type=int, default=[0, 256], help="tokens of a system prompt, a line each"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="the first one is the reference")
+    parser.add_argument("--padded-size", type=int, default=8, help="requests in a padded batch")
+    parser.add_argument("--max-num-seqs", type=int, help="of this package's batcher; its own default if not given")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="the same")
+    parser.add_argument("--room", type=float, default=1.0, help="size of the pool, of what all requests need at once")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="only in float32 are equal tokens demanded")
+    parser.add_argument("--add", action="store_true", help="to the rounds that the JSON file has, of equal settings")
+    parser.add_argument(
+        "--quick", action="store_true", help="few short requests, a tiny model: does it run, is it right"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file; by default in results/, with --quick none")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        vars(args).update(QUICK)
+    if args.output is None and not args.quick:
+        args.output = RESULTS / "batching.json"
+    return args
+
+
+def candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
+    """Those that were asked for and are there."""
+    limits = {name: getattr(args, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    everybody: list[Candidate] = [
+        peers.Loop(model),
+        peers.Padded(model, size=args.padded_size),
+        peers.GenerateBatch(model),
+        *(ours.Ours(model, policy, args.room, limits) for policy in measuring.OURS if ours.ContinuousBatcher),
+    ]
+    return [candidate for name in args.only for candidate in everybody if candidate.name == name]
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that must be equal for rounds to belong together."""
+    names = ("model", "requests", "factor", "only", "room", "device", "dtype", "threads")
+    return {name: getattr(args, name) for name in names}
+
+
+def earlier(args: argparse.Namespace) -> dict[int, Comparison]:
+    """The rounds of the JSON file, by the number of shared tokens."""
+    if not (args.add and args.output.exists()):
+        return {}
+    found, comparisons = report.load(args.output)
+    if found["settings"] != settings(args):
+        raise SystemExit(f"{args.output} has other settings: {found['settings']}, not {settings(args)}")
+    return {comparison.num_shared: comparison for comparison in comparisons}
+
+
+def compare(args: argparse.Namespace, who: list[Candidate], workload: Workload, into: Comparison) -> None:
+    """Warms up, checks, and adds rounds."""
+    is_exact = args.dtype == "float32"
+    with tqdm(total=(args.rounds + 1) * len(who), unit="run", disable=None) as progress:
+
+        def tick(name: str) -> None:
+            progress.set_description(name)
+            progress.update()
+
+        measuring.play(who, workload.first(measuring.CHECKED), is_exact, False, tick)
+        for _ in range(args.rounds):
+            is_odd = bool(len(into.rounds) % 2)
+            into.rounds.append(measuring.play(who, workload, is_exact, is_odd, tick))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints a table for each workload and writes the JSON file."""
+    args = parse(arguments)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    model = models.make_model(args.model, args.device, getattr(torch, args.dtype), args.seed)
+    who = candidates(args, model)
+    found = {"device": f"{args.device}, {platform.machine()}", "load": os.getloadavg()[0], **environment(args.seed)}
+    found |= {"parameters": models.count_parameters(model), "settings": settings(args)}
+    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
+    if found["load"] > LOAD:
+        print("WARNING: other jobs keep this machine busy.")
+    comparisons = earlier(args)
+    for num_shared in args.shared:
+        workload = make_workload(args.requests, args.factor, model.config.vocab_size, num_shared, args.seed)
+        described = {candidate.name: candidate.describe() for candidate in who}
+        new = Comparison(workload.describe(), num_shared, workload.num_prompt_tokens, described)
+        comparison = comparisons.setdefault(num_shared, new)
+        comparison.candidates = described
+        compare(args, who, workload, comparison)
+        print(report.table(comparison))
+        if args.output:
+            report.save(args.output, found, list(comparisons.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Policies, what is measured of them, and ratios to a baseline."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from .reference import ShortestRemainingFirst
+from .simulator import Engine, Outcome, Simulation
+from .workloads import Job, arrive, make_jobs
+
+Numbers = dict[str, float]
+FCFS, FIRST_FIT, DEFAULT, FREE_SRPT = "fcfs", "first-fit fifo", "sjf", "srpt, oracle, free preemption"
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    FCFS: {"policy": "fcfs"},
+    # transformers' FIFOScheduler: who does not fit is skipped, however often
+    FIRST_FIT: {"policy": "fcfs", "max_displacement": math.inf, "backfill": math.inf},
+    DEFAULT: {"policy": "sjf"},
+    "hrrn": {"policy": "hrrn"},
+    "sjf-no-aging": {"policy": "sjf-no-aging"},
+    "sjf, oracle": {"policy": "sjf", "oracle": True},
+    "sjf-no-aging, oracle": {"policy": "sjf-no-aging", "oracle": True},
+}
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which so many are."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def summarise(outcomes: list[Outcome]) -> Numbers:
+    """Seconds, tokens a second, and preemptions per request."""
+    jobs, latencies = [o.job for o in outcomes], [o.latency for o in outcomes]
+    makespan = max(o.job.time + o.latency for o in outcomes) - min(job.time for job in jobs)
+    return {
+        "mean": sum(latencies) / len(latencies),
+        "p50": percentile(latencies, 0.5),
+        "p99": percentile(latencies, 0.99),
+        "per_token": sum(o.latency / o.job.output for o in outcomes) / len(outcomes),
+        "ttft": sum(o.first_token for o in outcomes) / len(outcomes),
+        "max_wait": max(o.waited for o in outcomes),
+        "throughput": sum(job.output for job in jobs) / makespan,
+        "preemptions": sum(o.num_preemptions for o in outcomes) / len(outcomes),
+        "queue_share": sum(o.waited for o in outcomes) / sum(latencies),
+    }
+
+
+def capacity(engine: Engine, jobs: list[Job]) -> float:
+    """Requests a second, first come, first served, while there are always more: from 10 to 80 % of the completions."""
+    outcomes = Simulation(engine, [Job(**{**vars(job), "time": 0.0}) for job in jobs], policy="fcfs").run()
+    ends = sorted(o.latency for o in outcomes)
+    low, high = len(ends) // 10, len(ends) * 8 // 10
+    return (high - low) / (ends[high] - ends[low])
+
+
+def serve(engine: Engine, jobs: list[Job], name: str) -> Numbers:
+    """What one candidate makes of the jobs."""
+    if name == FREE_SRPT:
+        return summarise(ShortestRemainingFirst(engine, jobs).run())
+    simulation = Simulation(engine, jobs, **CANDIDATES[name])
+    found = summarise(simulation.run())
+    correlation = simulation.scheduler.stats.correlation
+    return found | {"correlation": math.nan if correlation is None else correlation}
+
+
+def measure(
+    engine: Engine, workload: str, count: int, seed: int, loads: list[float], names: list[str]
+) -> list[dict[str, Any]]:
+    """One line per load and candidate; all candidates of a load get the same arrivals."""
+    jobs = make_jobs(workload, count, seed)
+    rate = capacity(engine, jobs)
+    lines = []
+    for load in loads:
+        arrivals = arrive(workload, jobs, load * rate, seed)
+        for name in names:
+            place = {"workload": workload, "seed": seed, "load": load, "policy": name}
+            lines.append(place | serve(engine, arrivals, name))
+    return lines
+
+
+def ratios(lines: list[dict[str, Any]], load: float, name: str, baseline: str, metric: str) -> dict[str, float]:
+    """Of each workload: geometric mean over the seeds of the ratio to the baseline."""
+    chosen = [line for line in lines if line["load"] == load]
+    values = {(line["workload"], line["seed"], line["policy"]): line[metric] for line in chosen}
+    found: dict[str, list[float]] = {}
+    for (workload, seed, policy), value in values.items():
+        if policy == name:
+            found.setdefault(workload, []).append(value / max(values[workload, seed, baseline], 1e-9))
+    return {workload: geometric_mean(max(ratio, 1e-9) for ratio in parts) for workload, parts in found.items()}

@@ -2,15 +2,20 @@
 
     python benchmarks/bench_batching.py
     python benchmarks/bench_batching.py --rounds 1 --shared 256 --add
+    python benchmarks/bench_batching.py --profile
+    python benchmarks/bench_batching.py --soak 10000
 
 Requests are those of the Azure 2023 conversation trace (data/azure23_conv_256.csv), lengths divided by `--factor`, tokens
 at random, all there at the beginning; with `--shared 256` all prompts start with the same 256 tokens. Everybody generates
 the same number of tokens per request, greedily. One process, rounds in turns; before the first one everybody serves the
 first requests, untimed. Each timed run is compared with the loop, token by token: whoever has other tokens gets no times,
-and if it is this package the benchmark fails. The package `batching` beside this file has the parts.
+and if it is this package the benchmark fails. `--profile` takes the steps of the batcher apart, and `--soak` serves very many
+random requests in a pool that is too small, with cancellations. The package `batching` beside this file has the parts.
 """
 
 import argparse
+import dataclasses
+import json
 import os
 import platform
 from pathlib import Path
@@ -34,7 +39,7 @@ QUICK = {"model": "tiny", "requests": 8, "factor": 20.0, "rounds": 1}
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=models.NAMES, default="28m", help="a random one, or the one that ships")
+    parser.add_argument("--model", choices=models.NAMES, help="28m; with --profile shipped, with --soak tiny")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--factor", type=float, default=5.0, help="by which the trace's lengths are divided")
     parser.add_argument(
@@ -58,8 +63,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quick:
         vars(args).update(QUICK)
+    kind = "_profile" if args.profile else "_soak" if args.soak else ""
+    args.model = args.model or {"": "28m", "_profile": models.SHIPPED, "_soak": "tiny"}[kind]
     if args.output is None and not args.quick:
-        args.output = RESULTS / "batching.json"
+        args.output = RESULTS / f"batching{kind}.json"
     return args
 
 
@@ -107,19 +114,9 @@ def compare(args: argparse.Namespace, who: list[Candidate], workload: Workload, 
             into.rounds.append(measuring.play(who, workload, is_exact, is_odd, tick))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints a table for each workload and writes the JSON file."""
-    args = parse(arguments)
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(args.threads)
-    model = models.make_model(args.model, args.device, getattr(torch, args.dtype), args.seed)
-    who = candidates(args, model)
-    found = {"device": f"{args.device}, {platform.machine()}", "load": os.getloadavg()[0], **environment(args.seed)}
-    found |= {"parameters": models.count_parameters(model), "settings": settings(args)}
-    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
-    if found["load"] > LOAD:
-        print("WARNING: other jobs keep this machine busy.")
-    comparisons = earlier(args)
+def compare_all(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
+    """A table for each workload, saved as soon as it is there."""
+    who, comparisons = candidates(args, model), earlier(args)
     for num_shared in args.shared:
         workload = make_workload(args.requests, args.factor, model.config.vocab_size, num_shared, args.seed)
         described = {candidate.name: candidate.describe() for candidate in who}
@@ -130,6 +127,47 @@ def main(arguments: list[str] | None = None) -> None:
         print(report.table(comparison))
         if args.output:
             report.save(args.output, found, list(comparisons.values()))
+
+
+def take_apart(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
+    """Where the time of a step goes."""
+    from batching import profiling
+
+    result = profiling.profile(model, args.profile, num_steps=20 if args.quick else profiling.STEPS)
+    print(profiling.describe(result))
+    write(args.output, found | dataclasses.asdict(result))
+
+
+def soak(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
+    """Exits with the problems, if there are any."""
+    from batching import soak
+
+    result = soak.soak(model, args.soak, args.seed)
+    print(soak.describe(result))
+    write(args.output, found | dataclasses.asdict(result))
+    if result.problems:
+        raise SystemExit("\n".join([f"{len(result.problems)} problems:", *result.problems[:20]]))
+
+
+def write(output: Path | None, found: dict[str, Any]) -> None:
+    """The JSON file."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints tables and writes the JSON file."""
+    args = parse(arguments)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    model = models.make_model(args.model, args.device, getattr(torch, args.dtype), args.seed)
+    found = {"device": f"{args.device}, {platform.machine()}", "load": os.getloadavg()[0], **environment(args.seed)}
+    found |= {"parameters": models.count_parameters(model), "settings": settings(args)}
+    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
+    if found["load"] > LOAD:
+        print("WARNING: other jobs keep this machine busy.")
+    (take_apart if args.profile else soak if args.soak else compare_all)(args, model, found)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,21 @@ def make_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
     """A model without an end-of-sequence token: whoever serves it generates as many tokens as were asked for."""
     torch.manual_seed(seed)
     if name == SHIPPED:
-        model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype)
     else:
         model = _random_model(SIZES[name], device, dtype)
+    model = model.to(device)
     model.set_attn_implementation("sdpa")
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = None, 0
     return model.eval()
 
 
-def _random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def _random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
     config = LlamaConfig(**sizes, max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=EMBEDDING_STD)
     return model

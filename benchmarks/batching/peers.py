@@ -14,7 +14,7 @@ from .workload import Workload
 PATIENCE = 600.0  # seconds without any request of transformers' batching coming to its end
 
 
-class Stopwatch(BaseStreamer):  # type: ignore[misc]
+class Stopwatch(BaseStreamer):
     """Notes when `generate` chose the tokens of each step; the first call brings the prompt."""
 
     def __init__(self) -> None:
@@ -160,6 +160,6 @@ def _next_result(manager: Any) -> Any:
     return result
 
 
-def _nbytes(cache: DynamicCache) -> int:
-    """K and V that the cache holds."""
+def _nbytes(cache: Any) -> int:
+    """K and V that a `DynamicCache` holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -26,7 +26,10 @@ def _row(comparison: Comparison, name: str) -> str:
     equal = f"{name:16}{comparison.equal(name):6}"
     if name not in comparison.names():
         return f"{equal} WRONG TOKENS: no times"
-    at = lambda metric: comparison.spread(name, metric).median  # noqa: E731
+
+    def at(metric: str) -> float:
+        return comparison.spread(name, metric).median
+
     preempted = comparison.rounds[-1][name]["num_preemptions"]
     hits = at("prefix_hits") / comparison.num_prompt_tokens
     return (

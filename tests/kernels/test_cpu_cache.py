@@ -1,4 +1,4 @@
-"""The compiled CPU writer, against the reference, bit for bit."""
+"""The compiled CPU writers, against the reference, bit for bit."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.kernels.write_cases import KV_DTYPES, NEW_DTYPES, SHAPES, assert_same
 
 
 @pytest.mark.parametrize("new_dtype", [*NEW_DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", [*KV_DTYPES, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_writes_what_the_reference_writes(shape: tuple, kv_dtype: torch.dtype, new_dtype: torch.dtype) -> None:
     """All layouts, dtypes, heads of different numbers, tokens without a slot; nothing else is touched."""
@@ -57,6 +57,22 @@ def test_new_tensors_that_do_not_fit_are_refused(shape: tuple) -> None:
     target = pool(torch.int8, "NHD", 4, (2, 2), (64, 64))
     with pytest.raises(InvalidRequestError, match="do not fit"):
         target.write(dispatch.write_kv, torch.zeros(3, 2, 64), torch.zeros(shape), torch.arange(3))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
+def test_slots_beyond_the_cache_are_refused(kv_dtype: torch.dtype) -> None:
+    """Nothing is written behind a tensor, nor before the refusal."""
+    target, before = (pool(kv_dtype, "NHD", 4, (2, 2), (64, 64)) for _ in range(2))
+    with pytest.raises(InvalidRequestError, match="slot 28 is beyond the 28 slots"):
+        target.write(cpu_cache.write_kv, torch.ones(2, 2, 64), torch.ones(2, 2, 64), torch.tensor([3, 28]))
+    assert_same(target, before)
+
+
+def test_no_tokens() -> None:
+    """A step without new tokens writes nothing."""
+    target, before = (pool(torch.float32, "NHD", 4, (2, 2), (64, 64)) for _ in range(2))
+    target.write(cpu_cache.write_kv, *torch.ones(2, 0, 2, 64), torch.arange(0))
+    assert_same(target, before)
 
 
 def test_copies() -> None:

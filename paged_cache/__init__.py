@@ -1,5 +1,10 @@
 """Paged KV memory under the transformers code you already have."""
 
+from .batching.batcher import ContinuousBatcher
+from .batching.handle import RequestHandle
+from .batching.output import RequestMetrics, RequestOutput
+from .batching.policy import Policy
+from .batching.stats import BatcherStats
 from .cache import PagedCache
 from .errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
 from .patching import is_patched, patch, unpatch
@@ -8,12 +13,18 @@ from .pool import BlockPool, PoolStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatcherStats",
     "BlockPool",
+    "ContinuousBatcher",
     "InvalidRequestError",
     "OutOfBlocksError",
     "PagedCache",
     "PagedCacheError",
+    "Policy",
     "PoolStats",
+    "RequestHandle",
+    "RequestMetrics",
+    "RequestOutput",
     "UnsupportedModelError",
     "__version__",
     "is_patched",

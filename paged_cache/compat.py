@@ -35,6 +35,13 @@ class _NoLayer:
 DummyLayer: type = getattr(cache_utils, "DummyLayer", _NoLayer)  # transformers >= 5.20
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+
+
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the decoder that generates text, in models of any make."""
     return config.get_text_config(decoder=True)

@@ -13,9 +13,10 @@ class OutOfBlocksError(PagedCacheError):
         free: Blocks that could be allocated at that moment, cached ones included.
     """
 
-    def __init__(self, needed: int, free: int) -> None:
+    def __init__(self, needed: int, free: int, message: str | None = None) -> None:
         super().__init__(
-            f"{needed} blocks are needed, {free} can be allocated. Make the pool larger (num_blocks=, memory=), "
+            message
+            or f"{needed} blocks are needed, {free} can be allocated. Make the pool larger (num_blocks=, memory=), "
             "release caches that are no longer used, or use shorter or fewer sequences."
         )
         self.needed = needed

@@ -108,7 +108,9 @@ class PackedLayer(CacheLayerMixin):
         spec = self._cache.pool.spec.layers[self._index]
         self._cache.pool.confirm(
             self._index,
-            LayerSpec(spec.window, key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3]),
+            LayerSpec(
+                spec.window, key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3]
+            ),
         )
         self.is_initialized = True
 

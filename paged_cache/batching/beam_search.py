@@ -52,7 +52,7 @@ class BeamSearch:
         self.scores: Any = None
         self.logits: Any = None
         self._prepared, self._generator = prepared, generator
-        self._cache = _BeamCache()
+        self._cache, self._randomness = _BeamCache(), _Randomness(generator)
         self._shadow = shadow(model, __call__=self._forward, _reorder_cache=_reorder)
         self._logits: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
         self._turns: queue.SimpleQueue[Turn | BaseException | None] = queue.SimpleQueue()
@@ -103,7 +103,8 @@ class BeamSearch:
         config.return_dict_in_generate = True
         kwargs = {**prepared.model_kwargs, "past_key_values": self._cache, "use_cache": True}
         try:
-            with torch.no_grad(), _Randomness(self._generator) as self._randomness:
+            self._randomness.swap()
+            with torch.no_grad():
                 output = type(self._shadow)._beam_search(
                     self._shadow,
                     prepared.input_ids,
@@ -113,21 +114,28 @@ class BeamSearch:
                     **kwargs,
                 )
             self._read(output)
-            self._turns.put(None)
+            self._hand_over(None)
         except _Ended:
             pass
         except BaseException as error:  # noqa: BLE001 (it is raised where the engine waits)
-            self._turns.put(error)
+            self._hand_over(error)
 
-    def _forward(self, model: Any, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+    def _hand_over(self, turn: Turn | BaseException | None) -> None:
+        """The engine goes on; the global random numbers are everybody's again."""
+        self._randomness.swap()
+        self._turns.put(turn)
+
+    def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         """Stands in the place of the model: asks the engine for the logits behind `input_ids`."""
-        if self._cache.length:
-            self._turns.put(Turn(self._cache.take_parents(self.num_rows), input_ids[:, -1].tolist()))
+        is_first = self._cache.length == 0  # its logits are there already
         self._cache.length += input_ids.shape[1]
-        with self._randomness.paused():
-            logits = self._logits.get()
+        if not is_first:
+            self._hand_over(Turn(self._cache.take_parents(self.num_rows), input_ids[:, -1].tolist()))
+        logits = self._logits.get()
         if logits is None:
             raise _Ended
+        if not is_first:
+            self._randomness.swap()
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)  # type: ignore[arg-type]
 
     def _read(self, output: Any) -> None:
@@ -176,18 +184,8 @@ class _Randomness:
         self._generator = generator
         self._is_cuda = generator is not None and generator.device.type == "cuda"
 
-    def __enter__(self) -> "_Randomness":
-        self._swap()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._swap()
-
-    def paused(self) -> "_Randomness":
-        """The global state comes back while somebody else works: the same swap, as a `with` of its own."""
-        return self
-
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Mine for theirs, and back when it is called again."""
         if self._generator is None:
             return
         mine = self._generator.get_state()

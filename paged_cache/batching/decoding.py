@@ -54,6 +54,7 @@ class Decoding:
         self.rows: list[Row] = []
         self.reasons: list[str | None] = [None] * self.num_rows
         keeps = bool(config.return_dict_in_generate)
+        self.sequences_scores = None
         self.scores: list[torch.Tensor] | None = [] if keeps and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if keeps and config.output_logits else None
         keeps_any = self.scores is not None or self.logits is not None
@@ -61,6 +62,9 @@ class Decoding:
         self._pad = int(config.pad_token_id) if isinstance(config.pad_token_id, int) else 0
         self._ids: torch.Tensor | None = prepared.input_ids if self.own or self.criteria else None
         self._length = len(self.prompt_ids)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     @property
     def is_complete(self) -> bool:
@@ -129,9 +133,7 @@ def _split(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, Logits
     first = len(processors)
     while first and type(processors[first - 1]) in SHARED:
         first -= 1
-    key = tuple(
-        (type(p).__name__, *(float(getattr(p, name)) for name in SHARED[type(p)])) for p in processors[first:]
-    )
+    key = tuple((type(p).__name__, *(float(getattr(p, name)) for name in SHARED[type(p)])) for p in processors[first:])
     return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), key
 
 

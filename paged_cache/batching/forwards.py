@@ -14,7 +14,16 @@ from .padded_forward import OneByOneForward, PaddedForward
 from .pool_memory import PoolMemory
 from .request import Chunk, Request, Row
 
-CAUGHT = (PagedCacheError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CAUGHT = (
+    PagedCacheError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What a forward may raise that was not made for what it is asked."""
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -51,6 +51,19 @@ class PoolMemory:
             for window in self._windows
         )
 
+    def blocks_at_most(self, request: Request, whole_prompt: bool) -> int:
+        """Blocks that a request holds at its longest, alone in the pool."""
+        size, rows = self.block_size, request.num_rows
+        num_tokens = request.num_prompt_tokens + request.max_new_tokens - 1  # the last one is never computed
+        num_blocks, shared = -(-num_tokens // size), request.num_prompt_tokens // size
+        total = 0
+        for window in self._windows:
+            held = num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
+            common = min(shared, held)
+            prefill = -(-request.num_prompt_tokens // size) if whole_prompt else 0
+            total += max(common + rows * (held - common), prefill)
+        return total
+
     def growth(self, row: Row, num_tokens: int) -> int:
         """Most new blocks that computing so many more tokens of a row takes."""
         size, start = self.block_size, row.num_computed
@@ -73,7 +86,9 @@ class PoolMemory:
             nodes = manager.index.match(sequence.node, tokens, self.block_size)
             held = [block for node in nodes[: -(-num_cached // self.block_size)] for block in node.held()]
             num_idle = sum(manager.allocator.ref_count(block) == 0 for block in held)
-            is_coming = bool(self._coming) and self._next_block(nodes[-1] if nodes else sequence.node, tokens) in self._coming
+            is_coming = (
+                bool(self._coming) and self._next_block(nodes[-1] if nodes else sequence.node, tokens) in self._coming
+            )
             manager.release(sequence)
         return Prefix(num_cached, is_coming, num_idle)
 

@@ -99,7 +99,9 @@ class Preparation:
     def _stopping_criteria(self, kind: Any) -> Any:
         """`generate` forgets its tokenizer when it is given a `custom_generate`; this one remembers the batcher's."""
 
-        def _get_stopping_criteria(model: Any, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None) -> Any:
+        def _get_stopping_criteria(
+            model: Any, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None
+        ) -> Any:
             tokenizer = tokenizer if tokenizer is not None else self._tokenizer
             return kind._get_stopping_criteria(model, generation_config, stopping_criteria, tokenizer=tokenizer)
 
@@ -133,7 +135,9 @@ def _require_served(prepared: Prepared) -> None:
         name for name, value in prepared.model_kwargs.items() if name not in CARRIED and _says_something(value)
     )
     if inputs:
-        raise InvalidRequestError(f"{inputs[0]} cannot be honoured: forwards of a batch get token ids and positions only.")
+        raise InvalidRequestError(
+            f"{inputs[0]} cannot be honoured: forwards of a batch get token ids and positions only."
+        )
     if prepared.streamer is not None and len(prepared.input_ids) > 1:
         raise InvalidRequestError(
             f"streamer takes one sequence, the request decodes {len(prepared.input_ids)}: leave out num_beams and "
@@ -143,4 +147,3 @@ def _require_served(prepared: Prepared) -> None:
 
 def _says_something(value: Any) -> bool:
     return value is not None and value is not False
-

@@ -55,8 +55,12 @@ class Request:
         arrival_time, admitted_time: On the batcher's clock; the first admission counts.
         cached_tokens: Prompt tokens that the pool had at the first admission.
         num_preemptions: How often it lost its blocks.
-        number: Arrivals before it.
+        number: Arrivals of its priority before it.
         key: Its place in the order, smallest first; never changes.
+        decoding: How its tokens are chosen; the engine's.
+        handle: What its caller holds; the engine's.
+        first_token_time, last_token_time: On the batcher's clock.
+        held: By the id of a row: logits that wait for those of its sisters.
         predicted_tokens, work: What the scheduler expected at arrival: tokens, and seconds of a slot's time.
     """
 
@@ -77,6 +81,11 @@ class Request:
     num_preemptions: int = 0
     number: int = -1
     key: float = 0.0
+    decoding: Any = None
+    handle: Any = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    held: dict[int, Any] = field(default_factory=dict)
     predicted_tokens: float = 0.0
     work: float = 0.0
 

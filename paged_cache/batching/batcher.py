@@ -1,0 +1,308 @@
+"""`ContinuousBatcher`: many requests on one model and one pool."""
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..compat import base_model
+from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
+from ..patching import patch
+from ..pool import BlockPool
+from .engine import Engine
+from .forwards import choose_forward
+from .handle import RequestHandle
+from .inputs import InputProcessor
+from .loop import EngineLoop
+from .output import RequestOutput
+from .policy import Policy
+from .pool_memory import PoolMemory
+from .progress import Progress
+from .prompts import as_prompts, per_prompt
+from .request import Request
+from .scheduler import Scheduler
+from .stats import BatcherStats
+
+DEFAULTS = {"cuda": (256, 8192)}
+"""`max_num_seqs` and `max_num_batched_tokens` by device type;"""
+ELSEWHERE = (32, 512)
+
+
+class ContinuousBatcher:
+    """Serves many requests at once: sequences join and leave the batch at every step.
+
+    Each request gets the tokens that `model.generate` gives for it alone. Whoever calls `generate`, `step`, or waits for a
+    handle does the work, unless a thread of the batcher does (`start`). The model is patched until `close`.
+
+    Args:
+        model: A `PreTrainedModel` that generates text, or a `PeftModel` around one, in evaluation mode.
+        pool: Its pool, `BlockPool.for_model(model, ...)`.
+        policy: Who is next: "sjf" (shortest job first, with aging), "fcfs", "sjf-no-aging", "hrrn", or a `Policy`.
+        max_num_seqs: Sequences that run at once; by default 32 on a CPU, 256 on a GPU.
+        max_num_batched_tokens: Tokens computed in one step, longer prompts are cut; by default 512 and 8192.
+        max_queue_size: Requests that may wait; more are rejected. None for any number.
+        tokenizer: For prompts of text or chat messages, `stop_strings`, and `RequestOutput.text`.
+        clock: Seconds, for deadlines, aging and metrics.
+
+    Raises:
+        UnsupportedModelError: The model generates no text from tokens alone.
+        InvalidRequestError: The pool is another model's, or a limit makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        pool: BlockPool,
+        *,
+        policy: str | Policy = "sjf",
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_queue_size: int | None = None,
+        tokenizer: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        inner = _require_served(model, pool)
+        if max_queue_size is not None and max_queue_size < 1:
+            raise InvalidRequestError(f"max_queue_size={max_queue_size}: at least 1 is needed, None for any number.")
+        default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
+        self.pool, self.max_queue_size = pool, max_queue_size
+        self._clock, self._tokenizer = clock, tokenizer
+        patched = patch(inner)
+        self._unpatch = weakref.finalize(self, patched.__exit__, None, None, None)
+        try:
+            forward = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
+            self._memory = PoolMemory(pool, shares_prefixes=forward.name == "packed")
+            scheduler = Scheduler(
+                self._memory,
+                policy=policy,
+                max_num_seqs=default_seqs if max_num_seqs is None else max_num_seqs,
+                max_num_batched_tokens=default_tokens if max_num_batched_tokens is None else max_num_batched_tokens,
+                clock=clock,
+                whole_prompts=forward.whole_prompts,
+            )
+        except BaseException:
+            self._unpatch()
+            raise
+        self._inputs = InputProcessor(inner, tokenizer, clock)
+        self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer)
+        self._loop = EngineLoop(self._engine)
+        self._is_closed = False
+
+    def generate(
+        self,
+        prompts: Any,
+        generation_config: Any = None,
+        *,
+        adapter_names: Any = None,
+        attention_mask: Any = None,
+        progress_bar: bool = True,
+        **generate_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Generates for all prompts and returns when all are over.
+
+        Args:
+            prompts: A list with token ids, tensors, strings or chat messages, mixed as you like; a tensor `[batch, length]`
+                with `attention_mask`; or what a tokenizer returns.
+            generation_config: As for `model.generate`; a list has one for each prompt.
+            adapter_names: One adapter for each prompt. Not served yet: activate an adapter with `set_adapter`.
+            attention_mask: `[batch, length]`, 0 for padding, if prompts are a tensor.
+            progress_bar: Shows a bar on a terminal.
+            **generate_kwargs: As for `model.generate`, and those of `submit`. Where one number is expected, a list has one
+                for each prompt: `max_new_tokens=[20, 500]`.
+
+        Returns:
+            One output per prompt, in their order. A prompt that cannot be served has finish reason "rejected".
+
+        Raises:
+            InvalidRequestError, ValueError, TypeError: An option that is wrong or cannot be honoured; nothing was begun.
+        """
+        self._require_open()
+        items = as_prompts(prompts, attention_mask)
+        shared = {**generate_kwargs, "generation_config": generation_config, "adapter_name": adapter_names}
+        options = per_prompt(shared, len(items))
+        requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, options, strict=True))]
+        _require_different(requests)
+        handles: list[RequestHandle] = [request.handle for request in requests]
+        with Progress(len(requests), progress_bar, self.stats) as progress:
+            try:
+                for request in requests:
+                    if self.max_queue_size is not None:
+                        self._loop.wait(self._has_room)
+                    self._enter(request)
+                for handle in handles:
+                    self._loop.wait(lambda h=handle: progress.update(handles) or h.done)  # type: ignore[misc]
+            except BaseException:
+                for handle in handles:
+                    handle.cancel()
+                raise
+        return [handle.result() for handle in handles]
+
+    def submit(
+        self,
+        prompt: Any,
+        generation_config: Any = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        seed: int | None = None,
+        cache_salt: Any = None,
+        tenant: Any = None,
+        expected_tokens: float | None = None,
+        adapter_name: str | None = None,
+        **generate_kwargs: Any,
+    ) -> RequestHandle:
+        """Hands a request in and returns at once; from any thread.
+
+        Args:
+            prompt: Token ids, a tensor, a string or chat messages.
+            generation_config: As for `model.generate`.
+            request_id: A name of your own; made if there is none.
+            priority: Lower is sooner, whatever the policy says within one priority.
+            timeout: Seconds from now after which it ends with finish reason "timeout".
+            seed: Of its random numbers: sampling gives what `generate` gives after `torch.manual_seed(seed)`.
+            cache_salt: Prefixes are only shared among requests of the same salt.
+            tenant: Lengths of answers are predicted per tenant.
+            expected_tokens: Your own prediction of how many tokens it generates.
+            adapter_name: Not served yet: activate an adapter with `set_adapter`.
+            **generate_kwargs: As for `model.generate`.
+
+        Raises:
+            InvalidRequestError, ValueError, TypeError: The prompt or an option is wrong or cannot be honoured.
+            PagedCacheError: The batcher is closed.
+        """
+        own = {"request_id": request_id, "priority": priority, "timeout": timeout, "seed": seed}
+        own |= {"cache_salt": cache_salt, "tenant": tenant, "expected_tokens": expected_tokens}
+        own |= {"generation_config": generation_config, "adapter_name": adapter_name}
+        self._require_open()
+        request = self._inputs.make(self._inputs.read(prompt), **own, **generate_kwargs)
+        self._hold(request)
+        self._enter(request)
+        handle: RequestHandle = request.handle
+        return handle
+
+    def step(self) -> bool:
+        """Executes one step; whether requests are left that are not over."""
+        self._loop.step()
+        return self._loop.has_work
+
+    def stats(self) -> BatcherStats:
+        """What is under way and what was done so far."""
+        return BatcherStats.of(self._engine, len(self._loop.pending))
+
+    def start(self) -> "ContinuousBatcher":
+        """From now on a thread of the batcher does the work, until `close`."""
+        self._require_open()
+        self._loop.start()
+        return self
+
+    def close(self) -> None:
+        """Ends what is not over with finish reason "abort", gives all blocks back and unpatches the model."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.stop()
+            self._unpatch()
+
+    def __enter__(self) -> "ContinuousBatcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _make(self, prompt: Any, options: dict[str, Any], where: str) -> Request:
+        """One of `generate`'s requests; a prompt that cannot be read is a request that is over."""
+        try:
+            ids, error = self._inputs.read(prompt), None
+        except InvalidRequestError as wrong:
+            ids, error = [0], InvalidRequestError(f"{where}{wrong}")
+        try:
+            request = self._inputs.make(ids, **options)
+        except (InvalidRequestError, ValueError, TypeError) as wrong:
+            wrong.args = (f"{where}{wrong}",)
+            raise
+        self._hold(request)
+        if error is not None:
+            request.prompt_ids = []
+            self._engine.reject(request, error)
+        return request
+
+    def _hold(self, request: Request) -> None:
+        if request.request_id in self._engine.requests or request.request_id in self._loop.pending:
+            raise InvalidRequestError(f"request_id {request.request_id!r} is under way: every request needs its own.")
+        request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel)
+
+    def _enter(self, request: Request) -> None:
+        if request.handle.done:
+            return
+        error = self._why_never(request)
+        if error is None and not self._has_room():
+            error = InvalidRequestError(
+                f"the queue is full: {self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}."
+            )
+        if error is not None:
+            self._engine.reject(request, error)
+        else:
+            self._loop.enter(request)
+
+    def _num_waiting(self) -> int:
+        return self._engine.scheduler.num_waiting + len(self._loop.pending)
+
+    def _has_room(self) -> bool:
+        return self.max_queue_size is None or self._num_waiting() < self.max_queue_size
+
+    def _why_never(self, request: Request) -> PagedCacheError | None:
+        """Why a request can never be served; None if it can."""
+        scheduler = self._engine.scheduler
+        if request.num_rows > scheduler.max_num_seqs:
+            return InvalidRequestError(
+                f"{request.num_rows} sequences at once (num_beams, num_return_sequences) never fit into max_num_seqs="
+                f"{scheduler.max_num_seqs}."
+            )
+        needed = self._memory.blocks_at_most(request, self._engine.forward.whole_prompts)
+        if needed > self.pool.num_blocks:
+            return OutOfBlocksError(
+                needed,
+                self.pool.num_blocks,
+                f"prompt of {request.num_prompt_tokens} tokens, max_new_tokens={request.max_new_tokens} and "
+                f"{request.num_rows} sequences need up to {needed} blocks, the pool has {self.pool.num_blocks}: make it "
+                "larger or ask for less.",
+            )
+        return None
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise PagedCacheError("this batcher is closed: make a new one, ContinuousBatcher(model, pool).")
+
+
+def _require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
+    """The transformers model that generates.
+
+    Raises:
+        UnsupportedModelError, InvalidRequestError: See `ContinuousBatcher`.
+    """
+    inner = base_model(model)
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
+        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model that generates text.")
+    if inner.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is an encoder-decoder: its prompts are not token ids alone."
+        )
+    if not isinstance(pool, BlockPool) or not pool.belongs_to(inner):
+        raise InvalidRequestError(f"the pool is none of this {type(inner).__name__}: BlockPool.for_model(model, ...).")
+    if inner.training:
+        raise InvalidRequestError("the model is in training mode, where dropout is active: call model.eval() first.")
+    return inner
+
+
+def _require_different(requests: list[Request]) -> None:
+    counts = Counter(request.request_id for request in requests)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InvalidRequestError(f"request_id {twice!r} is given {counts[twice]} times: every request needs its own.")

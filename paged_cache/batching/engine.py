@@ -1,0 +1,212 @@
+"""The engine: one step after the other, for whoever calls. It knows no threads and no tokenizer."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..compat import is_out_of_memory, logger
+from ..errors import OutOfBlocksError
+from .forwards import Forward
+from .plan import StepPlan
+from .pool_memory import PoolMemory
+from .processing import OutputProcessor, make_output
+from .request import Request, Status
+from .scheduler import Scheduler
+
+BLOCKED_SECONDS = 10.0
+"""How long the first request waits for blocks that somebody outside the batcher holds, while nothing else runs."""
+
+RECOVERY_STEPS = 16
+"""After so many good steps the token budget that ran out of memory is doubled again."""
+
+
+class Engine:
+    """Scheduling, execution and output processing of one step at a time.
+
+    Args:
+        forward: Executes steps.
+        memory: The pool's blocks.
+        scheduler: Plans steps, on the same memory.
+        clock: Seconds.
+        tokenizer: Goes to the outputs, for their text.
+
+    Attributes:
+        requests: Those that are not over, by id.
+        finished: How many requests are over, by finish reason.
+        outputs: Turns logits into tokens.
+        num_steps, num_tokens: Steps executed, and tokens computed in them.
+        peak_blocks: Most blocks in use after a step.
+        forward_seconds, step_seconds: Time in the model, and in all.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        memory: PoolMemory,
+        scheduler: Scheduler,
+        clock: Callable[[], float] = time.monotonic,
+        tokenizer: Any = None,
+    ) -> None:
+        self.forward, self.memory, self.scheduler = forward, memory, scheduler
+        self._clock, self._tokenizer = clock, tokenizer
+        self.requests: dict[str, Request] = {}
+        self.finished: Counter[str] = Counter()
+        self.outputs = OutputProcessor(forward, memory, self.finish)
+        self.num_steps = self.num_tokens = self.peak_blocks = 0
+        self.forward_seconds = self.step_seconds = 0.0
+        self._budget: int | None = None
+        self._good_steps = 0
+        self._blocked_since: float | None = None
+        self._num_deadlines = 0
+
+    def add(self, request: Request) -> None:
+        """Lets a request wait for its turn."""
+        self.requests[request.request_id] = request
+        self._num_deadlines += request.deadline is not None
+        try:
+            self.scheduler.add(request)
+        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
+            self.finish(request, "error", error)
+
+    def step(self) -> bool:
+        """Executes one step; whether anything was computed.
+
+        Raises:
+            KeyboardInterrupt: Or whatever else is no `Exception`: the step is taken back, all requests go on.
+        """
+        start = self._clock()
+        self._expire(start)
+        with torch.no_grad():
+            plan, logits = self._compute()
+            if plan is None:
+                self._look_blocked(start)
+                return False
+            try:
+                self.outputs.process(plan, logits, self._clock())
+            except BaseException:
+                self._rewind(plan)
+                raise
+        self.num_steps += 1
+        self.step_seconds += self._clock() - start
+        return True
+
+    def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """Ends a request, in whatever state: its blocks go back, and its handle gets the one and only output."""
+        if self.requests.pop(request.request_id, None) is None:
+            return
+        decoding = request.decoding
+        if reason in ("stop", "length"):
+            self.scheduler.observe_output(request, max(map(len, decoding.sequences()), default=0))
+        self._num_deadlines -= request.deadline is not None
+        self.scheduler.remove(request)
+        request.held.clear()
+        decoding.close()
+        if decoding.streamer is not None and error is None:
+            try:
+                decoding.streamer.end()
+            except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
+                reason, error = "error", raised
+        self.finished[reason] += 1
+        if error is not None:
+            logger.warning("request %s ended: %s: %s", request.request_id, type(error).__name__, error)
+        request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
+
+    def reject(self, request: Request, error: Exception) -> None:
+        """Ends a request that never began."""
+        self.finished["rejected"] += 1
+        logger.warning("request %s is rejected: %s", request.request_id, error)
+        request.handle._finish(make_output(request, "rejected", error, self._clock(), self._tokenizer))
+
+    def _expire(self, now: float) -> None:
+        if self._num_deadlines:
+            for request in [r for r in self.requests.values() if r.deadline is not None and r.deadline <= now]:
+                self.finish(request, "timeout")
+
+    def _look_blocked(self, now: float) -> None:
+        """Nothing runs although requests wait: their blocks are held outside the batcher. They are not waited for forever."""
+        if self.scheduler.num_running or not self.scheduler.num_waiting:
+            self._blocked_since = None
+            return
+        self._blocked_since = now if self._blocked_since is None else self._blocked_since
+        if now - self._blocked_since >= BLOCKED_SECONDS:
+            self._blocked_since = None
+            first = min(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
+            needed = self.memory.blocks_for(first.rows[0].num_tokens)
+            self.finish(first, "error", OutOfBlocksError(needed, self.memory.num_free))
+
+    def _compute(self) -> tuple[StepPlan | None, torch.Tensor]:
+        """Plans and executes, again with less if memory runs out. No plan if there is nothing to compute, or all of it failed."""
+        budget = self._budget
+        while True:
+            self.memory.begin_step(self.scheduler.running)
+            plan = self.scheduler.schedule(budget)
+            self._begin(plan)
+            if not plan.chunks:
+                return None, torch.empty(0)
+            self._blocked_since = None
+            count = sum(chunk.num_tokens for chunk in plan.chunks)
+            try:
+                logits = self._execute(plan, count)
+            except OutOfBlocksError as error:  # somebody outside the batcher took blocks since the plan was made
+                victim = self.scheduler.preempt()
+                if victim is None:
+                    return self._fail(plan, error)
+                victim.held.clear()
+            except Exception as error:  # noqa: BLE001 (whatever the model raises, the others go on)
+                if not is_out_of_memory(error) or count <= 1:
+                    return self._fail(plan, error)
+                budget = self._budget = max(count // 2, 1)
+                self._good_steps = 0
+                logger.warning("out of memory with %d tokens in a step, trying %d", count, budget)
+                if self.memory.pool.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            else:
+                self._recover()
+                return plan, logits
+
+    def _execute(self, plan: StepPlan, count: int) -> torch.Tensor:
+        kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
+        start = time.perf_counter()
+        logits = self.forward(plan.chunks)
+        seconds = time.perf_counter() - start
+        self.forward_seconds += seconds
+        self.num_tokens += count
+        self.peak_blocks = max(self.peak_blocks, self.memory.num_blocks - self.memory.num_free)
+        self.scheduler.observe_step(seconds, count, kv_tokens)
+        return logits
+
+    def _begin(self, plan: StepPlan) -> None:
+        for request in plan.preempted:
+            request.held.clear()
+        for request in plan.admitted:
+            if not request.decoding.rows:
+                self.outputs.begin(request)
+        if plan.admitted:  # a streamer may have failed at the prompt
+            plan.chunks = [chunk for chunk in plan.chunks if chunk.request.status is Status.RUNNING]
+
+    def _rewind(self, plan: StepPlan) -> None:
+        """Rows whose logits were lost (Ctrl-C between forward and tokens) are computed again."""
+        self.forward.settle()
+        for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
+            if any(row.num_computed == row.num_tokens for row in request.rows):
+                request.held.clear()
+                self.memory.release(request)
+                self.memory.admit(request)
+
+    def _recover(self) -> None:
+        if self._budget is None:
+            return
+        self._good_steps += 1
+        if self._good_steps >= RECOVERY_STEPS:
+            self._good_steps, self._budget = 0, self._budget * 2
+            if self._budget >= self.scheduler.max_num_batched_tokens:
+                self._budget = None
+
+    def _fail(self, plan: StepPlan, error: Exception) -> tuple[None, torch.Tensor]:
+        self.forward.settle()
+        for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
+            self.finish(request, "error", error)
+        return None, torch.empty(0)

@@ -1,0 +1,143 @@
+"""Lets any thread use an engine: an inbox, one stepper at a time, and whoever waits does the work unless a thread does."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..errors import PagedCacheError
+from .engine import Engine
+from .request import Request
+
+IDLE_SECONDS = 0.001
+"""Pause after a step in which nothing could be computed."""
+
+
+class EngineLoop:
+    """Steps an engine.
+
+    Args:
+        engine: Whose steps; nobody else may use it.
+
+    Attributes:
+        pending: Requests that the engine does not know yet, by id.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.pending: dict[str, Request] = {}
+        self._inbox: deque[Request | str] = deque()
+        self._stepping = threading.Lock()
+        self._stepper: int | None = None
+        self._changed = threading.Condition()
+        self._num_waiters = 0
+        self._thread: threading.Thread | None = None
+        self._is_over = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests are not over."""
+        return bool(self._engine.requests or self._inbox)
+
+    def enter(self, request: Request) -> None:
+        """Hands a request to the engine's next step."""
+        self.pending[request.request_id] = request
+        self._inbox.append(request)
+        self._tell()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; it is over when this returns, or when the step that calls this is."""
+        self._inbox.append(request_id)
+        if self._stepper != threading.get_ident():
+            with self._exclusive():
+                self._drain()
+            self._tell()
+
+    def step(self) -> bool:
+        """One step of the engine; whether anything was computed.
+
+        Raises:
+            PagedCacheError: Called from inside a step, by a streamer or a processor.
+        """
+        if self._stepper == threading.get_ident():
+            raise PagedCacheError("a step of the batcher cannot wait for another: this was called from inside a step.")
+        try:
+            with self._exclusive():
+                self._drain()
+                return self._engine.step()
+        finally:
+            self._tell()
+
+    def wait(self, is_met: Callable[[], bool], timeout: float | None = None) -> None:
+        """Returns when a condition holds; steps the engine until then if no thread does.
+
+        Raises:
+            TimeoutError: It did not hold within `timeout` seconds.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while not is_met():
+            left = 1.0 if end is None else end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"not within {timeout} seconds; the request goes on.")
+            if self._thread is not None or self._stepping.locked():
+                self._wait_for_change(is_met, min(left, 1.0))
+            elif not self.step():
+                time.sleep(min(left, IDLE_SECONDS))
+
+    def start(self) -> None:
+        """A thread of its own steps from now on."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="paged-cache-batcher", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and all requests with finish reason "abort"."""
+        self._is_over = True
+        self._tell()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._exclusive():
+            self._drain()
+            for request in list(self._engine.requests.values()):
+                self._engine.finish(request, "abort")
+        self._tell()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            if not self.has_work:
+                self._wait_for_change(lambda: self.has_work or self._is_over, 1.0)
+            elif not self.step():
+                time.sleep(IDLE_SECONDS)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with self._stepping:
+            self._stepper = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._stepper = None
+
+    def _drain(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Request):
+                self._engine.add(item)
+                self.pending.pop(item.request_id, None)
+            elif item in self._engine.requests:
+                self._engine.finish(self._engine.requests[item], "abort")
+
+    def _wait_for_change(self, is_met: Callable[[], bool], timeout: float) -> None:
+        with self._changed:
+            self._num_waiters += 1
+            try:
+                if not is_met():
+                    self._changed.wait(timeout)
+            finally:
+                self._num_waiters -= 1
+
+    def _tell(self) -> None:
+        if self._num_waiters:
+            with self._changed:
+                self._changed.notify_all()

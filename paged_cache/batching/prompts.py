@@ -1,0 +1,141 @@
+"""Input processing: whatever people call a prompt becomes token ids, and lists of options those of each prompt."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import InvalidRequestError
+
+PER_PROMPT = {
+    "adapter_names", "cache_salt", "do_sample", "expected_tokens", "generation_config", "length_penalty", "max_length",
+    "max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
+    "prefix_allowed_tokens_fn", "priority", "repetition_penalty", "request_id", "seed", "streamer", "temperature", "tenant",
+    "timeout", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+"""Options of which a list means one for each prompt. Others are lists by nature, such as `eos_token_id`."""
+
+
+def as_prompts(prompts: Any, attention_mask: Any = None) -> list[Any]:
+    """A list with one entry per prompt.
+
+    Args:
+        prompts: A list of prompts in any of the forms of `token_ids`; or a tensor `[batch, length]`; or what a tokenizer
+            returns, with its mask.
+        attention_mask: `[batch, length]`, 0 for padding, for a tensor of prompts.
+
+    Raises:
+        InvalidRequestError: It is one prompt, or nothing of that kind.
+    """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask", attention_mask)
+    if isinstance(prompts, torch.Tensor) and prompts.dim() == 2:
+        return _without_padding(prompts, attention_mask)
+    if attention_mask is not None:
+        if not isinstance(prompts, (list, tuple)) or len(prompts) != len(attention_mask):
+            raise InvalidRequestError(
+                "attention_mask goes with a tensor of prompts [batch, length], or with as many lists."
+            )
+        return [
+            [token for token, shown in zip(_integers(ids), mask, strict=True) if shown]
+            for ids, mask in zip(prompts, _lists(attention_mask), strict=True)
+        ]
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, torch.Tensor)):
+        raise InvalidRequestError(
+            f"prompts is {type(prompts).__name__}: generate takes a list of prompts, [prompt] for one; submit takes one."
+        )
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], int):
+        raise InvalidRequestError("prompts is a list of token ids: generate takes a list of prompts, [ids] for one.")
+    return prompts
+
+
+def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
+    """The ids of one prompt.
+
+    Args:
+        prompt: Token ids (a list, a tensor `[length]` or `[1, length]`, an array), a string, or chat messages (a list of
+            dicts with "role" and "content"). The latter two need a tokenizer, with a chat template for messages.
+        tokenizer: Or None.
+        vocab_size: Ids are below it, if it is known.
+
+    Raises:
+        InvalidRequestError: None of these, empty, or with ids that the model does not have.
+    """
+    if isinstance(prompt, str):
+        _require(tokenizer, "a string")
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif _is_chat(prompt):
+        _require(tokenizer, "a chat")
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise InvalidRequestError("the tokenizer has no chat_template: pass the prompt as a string or token ids.")
+        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = _integers(prompt)
+    if not ids:
+        raise InvalidRequestError("the prompt is empty: it needs at least one token.")
+    wrong = next((token for token in ids if token < 0 or (vocab_size is not None and token >= vocab_size)), None)
+    if wrong is not None:
+        raise InvalidRequestError(f"token id {wrong} is none of the model's, 0 to {(vocab_size or 1) - 1}.")
+    return ids
+
+
+def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of `count` prompts.
+
+    Raises:
+        InvalidRequestError: A list of another length.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in options.items():
+        is_list = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() == 1)
+        if name in PER_PROMPT and is_list:
+            values = value.tolist() if isinstance(value, torch.Tensor) else value
+            if len(values) != count:
+                raise InvalidRequestError(
+                    f"{name} has {len(values)} entries for {count} prompts: one each, or one for all."
+                )
+        else:
+            values = [value] * count
+        for row, own in zip(rows, values, strict=True):
+            row[name] = own
+    return rows
+
+
+def _without_padding(prompts: torch.Tensor, attention_mask: Any) -> list[list[int]]:
+    if attention_mask is None:
+        return prompts.tolist()  # type: ignore[no-any-return]
+    mask = torch.as_tensor(attention_mask)
+    if mask.shape != prompts.shape:
+        raise InvalidRequestError(f"attention_mask {tuple(mask.shape)} does not fit prompts {tuple(prompts.shape)}.")
+    return [row[shown != 0].tolist() for row, shown in zip(prompts, mask, strict=True)]
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(isinstance(m, Mapping) for m in prompt)
+
+
+def _require(tokenizer: Any, kind: str) -> None:
+    if tokenizer is None:
+        raise InvalidRequestError(
+            f"the prompt is {kind}: ContinuousBatcher(model, pool, tokenizer=tokenizer) can read it."
+        )
+
+
+def _lists(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _integers(prompt: Any) -> list[int]:
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        prompt = prompt["input_ids"]
+    values = _lists(prompt)
+    if isinstance(values, (list, tuple)) and len(values) == 1 and isinstance(values[0], (list, tuple)):
+        values = values[0]
+    if not isinstance(values, (list, tuple, range)) or not all(type(value) is int for value in values):
+        raise InvalidRequestError(
+            f"the prompt is {type(prompt).__name__}: {str(prompt)[:60]}. It has to be token ids (a list or a tensor [length]), "
+            "a string, or chat messages."
+        )
+    return list(values)

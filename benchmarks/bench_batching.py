@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from batching import measuring, models, ours, peers, report
+from batching import measuring, models, ours, peers, profiling, report, soak
 from batching.measuring import Candidate, Comparison
 from batching.workload import Workload, make_workload
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -33,7 +33,7 @@ from roofline.report import environment
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = ("loop", "padded", "generate_batch", *measuring.OURS)
 LOAD = 1.5
-QUICK = {"model": "tiny", "requests": 8, "factor": 20.0, "rounds": 1}
+QUICK = {"requests": 8, "factor": 20.0, "rounds": 1}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,6 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="only in float32 are equal tokens demanded")
     parser.add_argument("--add", action="store_true", help="to the rounds that the JSON file has, of equal settings")
+    parser.add_argument("--profile", type=int, nargs="?", const=32, metavar="SEQUENCES", help="parts of a step")
+    parser.add_argument("--soak", type=int, nargs="?", const=10_000, metavar="REQUESTS", help="does it ever fall over")
     parser.add_argument(
         "--quick", action="store_true", help="few short requests, a tiny model: does it run, is it right"
     )
@@ -63,6 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.quick:
         vars(args).update(QUICK)
+    args.model = args.model or ("tiny" if args.quick else None)
     kind = "_profile" if args.profile else "_soak" if args.soak else ""
     args.model = args.model or {"": "28m", "_profile": models.SHIPPED, "_soak": "tiny"}[kind]
     if args.output is None and not args.quick:
@@ -78,7 +81,7 @@ def candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
         peers.Loop(model),
         peers.Padded(model, size=args.padded_size),
         peers.GenerateBatch(model),
-        *(ours.Ours(model, policy, args.room, limits) for policy in measuring.OURS if ours.ContinuousBatcher),
+        *(ours.Ours(model, policy, args.room, limits) for policy in measuring.OURS),
     ]
     return [candidate for name in args.only for candidate in everybody if candidate.name == name]
 
@@ -131,17 +134,13 @@ def compare_all(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> 
 
 def take_apart(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
     """Where the time of a step goes."""
-    from batching import profiling
-
     result = profiling.profile(model, args.profile, num_steps=20 if args.quick else profiling.STEPS)
     print(profiling.describe(result))
     write(args.output, found | dataclasses.asdict(result))
 
 
-def soak(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
+def endure(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
     """Exits with the problems, if there are any."""
-    from batching import soak
-
     result = soak.soak(model, args.soak, args.seed)
     print(soak.describe(result))
     write(args.output, found | dataclasses.asdict(result))
@@ -167,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
     if found["load"] > LOAD:
         print("WARNING: other jobs keep this machine busy.")
-    (take_apart if args.profile else soak if args.soak else compare_all)(args, model, found)
+    (take_apart if args.profile else endure if args.soak else compare_all)(args, model, found)
 
 
 if __name__ == "__main__":

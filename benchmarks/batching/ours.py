@@ -4,15 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from paged_cache import BlockPool
+from paged_cache import BlockPool, ContinuousBatcher, RequestOutput
 
 from .outcome import Run, Served
 from .workload import Workload
-
-try:
-    from paged_cache import ContinuousBatcher
-except ImportError:  # peers can be measured without it
-    ContinuousBatcher = None
 
 
 @dataclass
@@ -28,7 +23,7 @@ class Ours:
     model: Any
     policy: str
     room: float
-    limits: dict[str, int]
+    limits: dict[str, Any]
     block_size: int = 16
 
     @property
@@ -43,22 +38,17 @@ class Ours:
     def run(self, workload: Workload) -> Run:
         """From the call of `generate` until it returns."""
         pool = self.make_pool(workload)
-        used: list[int] = [0]
-        hook = self.model.register_forward_hook(lambda *_: used.append(pool.num_blocks - pool.num_free))
-        try:
-            with ContinuousBatcher(self.model, pool, policy=self.policy, **self.limits) as batcher:
-                start = time.perf_counter()
-                outputs = batcher.generate(
-                    workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False
-                )
-                seconds = time.perf_counter() - start
-                num_preemptions = batcher.stats().num_preemptions
-        finally:
-            hook.remove()
+        with ContinuousBatcher(self.model, pool, policy=self.policy, **self.limits) as batcher:
+            start = time.monotonic()  # the batcher's clock
+            outputs = batcher.generate(
+                workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False
+            )
+            seconds = time.monotonic() - start
+            stats = batcher.stats()
         pool.check()
-        requests = [Served(list(x.generated_tokens), x.metrics.ttft, x.metrics.e2e_latency) for x in outputs]
-        kv_bytes = max(used) * pool.nbytes // pool.num_blocks
-        return Run(seconds, requests, kv_bytes, num_preemptions, sum(x.cached_tokens for x in outputs))
+        requests = [_served(output, start) for output in outputs]
+        kv_bytes = stats.peak_blocks_in_use * pool.nbytes // pool.num_blocks
+        return Run(seconds, requests, kv_bytes, stats.num_preemptions, sum(x.cached_tokens for x in outputs))
 
     def make_pool(self, workload: Workload) -> BlockPool:
         """At least large enough for the longest request."""
@@ -66,3 +56,11 @@ class Ours:
         blocks = [-(-length // self.block_size) for length in lengths]
         num_blocks = max(max(blocks) + 1, int(self.room * sum(blocks)))
         return BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=self.block_size)
+
+
+def _served(output: RequestOutput, start: float) -> Served:
+    times = output.metrics
+    if output.error is not None or times.ttft is None or times.e2e_latency is None:
+        raise RuntimeError(f"{output.request_id} ended with {output.finish_reason}: {output.error}")
+    arrival = times.arrival_time - start
+    return Served(list(output.generated_tokens), arrival + times.ttft, arrival + times.e2e_latency)

@@ -94,7 +94,7 @@ def soak(model: Any, count: int, seed: int) -> Soak:
     pool = BlockPool.for_model(model, num_blocks=NUM_BLOCKS, block_size=16)
     process, start = psutil.Process(), time.perf_counter()
     before, done = process.memory_info().rss, list[Ticket]()
-    limits = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS}
+    limits: dict[str, Any] = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS}
     with ContinuousBatcher(model, pool, **limits) as batcher, tqdm(total=count, disable=None) as progress:
         under_way: list[Ticket] = []
         while len(done) < count:

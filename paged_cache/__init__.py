@@ -1,5 +1,6 @@
 """Paged KV memory under the transformers code you already have."""
 
+from .batching.asynchronous import AsyncContinuousBatcher, AsyncRequestHandle
 from .batching.batcher import ContinuousBatcher
 from .batching.handle import RequestHandle
 from .batching.output import RequestMetrics, RequestOutput
@@ -13,6 +14,8 @@ from .pool import BlockPool, PoolStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncContinuousBatcher",
+    "AsyncRequestHandle",
     "BatcherStats",
     "BlockPool",
     "ContinuousBatcher",

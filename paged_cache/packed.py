@@ -96,7 +96,7 @@ class PackedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, cache: "PackedCache", index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache, self._index = cache, index
         window = cache.pool.spec.layers[index].window
         self.is_sliding = window is not None
@@ -132,7 +132,7 @@ class PackedLayer(CacheLayerMixin):
         if group.written is not None:
             keys, values = keys[group.written], values[group.written]
         step.storage.write(self._index, group.slots, keys, values)
-        view = PackedView(self._index, group)
+        view = PackedView(self._index, group)  # type: ignore[arg-type]
         return view.lazy(Keys(view), key_states), view.lazy(Values(view), value_states)
 
     def get_seq_length(self) -> int:

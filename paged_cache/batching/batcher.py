@@ -3,15 +3,14 @@
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from ..compat import base_model
-from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
+from ..errors import InvalidRequestError, PagedCacheError
 from ..patching import patch
 from ..pool import BlockPool
 from .engine import Engine
@@ -26,6 +25,7 @@ from .progress import Progress
 from .prompts import as_prompts, per_prompt
 from .request import Request
 from .scheduler import Scheduler
+from .serving import require_served, why_never
 from .stats import BatcherStats
 
 DEFAULTS = {"cuda": (256, 8192)}
@@ -66,7 +66,7 @@ class ContinuousBatcher:
         tokenizer: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        inner = _require_served(model, pool)
+        inner = require_served(model, pool)
         if max_queue_size is not None and max_queue_size < 1:
             raise InvalidRequestError(f"max_queue_size={max_queue_size}: at least 1 is needed, None for any number.")
         default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
@@ -121,26 +121,29 @@ class ContinuousBatcher:
         Raises:
             InvalidRequestError, ValueError, TypeError: An option that is wrong or cannot be honoured; nothing was begun.
         """
+        options = {"generation_config": generation_config, "adapter_name": adapter_names, **generate_kwargs}
+        handles = self.submit_all(prompts, attention_mask=attention_mask, **options)
+        with Progress(len(handles), progress_bar, self.stats) as progress, _cancelling(handles):
+            self._loop.wait(lambda: progress.count(handles) == len(handles))
+        return [handle.result() for handle in handles]
+
+    def submit_all(self, prompts: Any, *, attention_mask: Any = None, **options: Any) -> list[RequestHandle]:
+        """Hands many requests in, all or none of them; see `generate` for prompts and options.
+
+        Waits while the queue is full. A prompt that cannot be served has a handle, too, with finish reason "rejected".
+        """
         self._require_open()
         items = as_prompts(prompts, attention_mask)
-        shared = {**generate_kwargs, "generation_config": generation_config, "adapter_name": adapter_names}
-        options = per_prompt(shared, len(items))
-        requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, options, strict=True))]
+        rows = per_prompt(options, len(items))
+        requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, rows, strict=True))]
         _require_different(requests)
         handles: list[RequestHandle] = [request.handle for request in requests]
-        with Progress(len(requests), progress_bar, self.stats) as progress:
-            try:
-                for request in requests:
-                    if self.max_queue_size is not None:
-                        self._loop.wait(self._has_room)
+        with _cancelling(handles):
+            for request in requests:
+                if not request.handle.done:
+                    self._loop.wait(self._has_room)
                     self._enter(request)
-                for handle in handles:
-                    self._loop.wait(lambda h=handle: progress.update(handles) or h.done)  # type: ignore[misc]
-            except BaseException:
-                for handle in handles:
-                    handle.cancel()
-                raise
-        return [handle.result() for handle in handles]
+        return handles
 
     def submit(
         self,
@@ -176,7 +179,7 @@ class ContinuousBatcher:
             InvalidRequestError, ValueError, TypeError: The prompt or an option is wrong or cannot be honoured.
             PagedCacheError: The batcher is closed.
         """
-        own = {"request_id": request_id, "priority": priority, "timeout": timeout, "seed": seed}
+        own: dict[str, Any] = {"request_id": request_id, "priority": priority, "timeout": timeout, "seed": seed}
         own |= {"cache_salt": cache_salt, "tenant": tenant, "expected_tokens": expected_tokens}
         own |= {"generation_config": generation_config, "adapter_name": adapter_name}
         self._require_open()
@@ -239,9 +242,9 @@ class ContinuousBatcher:
         request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel)
 
     def _enter(self, request: Request) -> None:
-        if request.handle.done:
-            return
-        error = self._why_never(request)
+        error = why_never(
+            request, self._memory, self._engine.scheduler.max_num_seqs, self._engine.forward.whole_prompts
+        )
         if error is None and not self._has_room():
             error = InvalidRequestError(
                 f"the queue is full: {self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}."
@@ -257,48 +260,20 @@ class ContinuousBatcher:
     def _has_room(self) -> bool:
         return self.max_queue_size is None or self._num_waiting() < self.max_queue_size
 
-    def _why_never(self, request: Request) -> PagedCacheError | None:
-        """Why a request can never be served; None if it can."""
-        scheduler = self._engine.scheduler
-        if request.num_rows > scheduler.max_num_seqs:
-            return InvalidRequestError(
-                f"{request.num_rows} sequences at once (num_beams, num_return_sequences) never fit into max_num_seqs="
-                f"{scheduler.max_num_seqs}."
-            )
-        needed = self._memory.blocks_at_most(request, self._engine.forward.whole_prompts)
-        if needed > self.pool.num_blocks:
-            return OutOfBlocksError(
-                needed,
-                self.pool.num_blocks,
-                f"prompt of {request.num_prompt_tokens} tokens, max_new_tokens={request.max_new_tokens} and "
-                f"{request.num_rows} sequences need up to {needed} blocks, the pool has {self.pool.num_blocks}: make it "
-                "larger or ask for less.",
-            )
-        return None
-
     def _require_open(self) -> None:
         if self._is_closed:
             raise PagedCacheError("this batcher is closed: make a new one, ContinuousBatcher(model, pool).")
 
 
-def _require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
-    """The transformers model that generates.
-
-    Raises:
-        UnsupportedModelError, InvalidRequestError: See `ContinuousBatcher`.
-    """
-    inner = base_model(model)
-    if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
-        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model that generates text.")
-    if inner.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} is an encoder-decoder: its prompts are not token ids alone."
-        )
-    if not isinstance(pool, BlockPool) or not pool.belongs_to(inner):
-        raise InvalidRequestError(f"the pool is none of this {type(inner).__name__}: BlockPool.for_model(model, ...).")
-    if inner.training:
-        raise InvalidRequestError("the model is in training mode, where dropout is active: call model.eval() first.")
-    return inner
+@contextmanager
+def _cancelling(handles: list[RequestHandle]) -> Iterator[None]:
+    """Ends the requests if this does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
 
 
 def _require_different(requests: list[Request]) -> None:

@@ -136,7 +136,7 @@ class BeamSearch:
             raise _Ended
         if not is_first:
             self._randomness.swap()
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)
 
     def _read(self, output: Any) -> None:
         lengths = (output.beam_indices >= 0).sum(-1).tolist()

@@ -32,7 +32,7 @@ class Decoding:
 
     Args:
         prepared: The request as `generate` understands it.
-        generator: Where random numbers come from.
+        generator: Where random numbers come from; None for greedy search.
 
     Attributes:
         rows: All sequences, complete ones included.
@@ -42,7 +42,7 @@ class Decoding:
         shared_key: Equal keys mean equal `shared`.
     """
 
-    def __init__(self, prepared: Prepared, generator: torch.Generator) -> None:
+    def __init__(self, prepared: Prepared, generator: torch.Generator | None) -> None:
         config = prepared.config
         self.config, self.streamer, self.generator = config, prepared.streamer, generator
         self.prompt_ids: list[int] = prepared.input_ids[0].tolist()
@@ -72,7 +72,7 @@ class Decoding:
         return None not in self.reasons
 
     @property
-    def input_ids(self) -> torch.Tensor:
+    def input_ids(self) -> Any:
         """int64 `[num_rows, length]`: what processors and criteria look at."""
         assert self._ids is not None
         return self._ids[:, : self._length]

@@ -1,7 +1,7 @@
 """What a caller holds of a request that is under way."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 from ..compat import logger
 from .output import RequestOutput
@@ -49,13 +49,11 @@ class RequestHandle:
             Exception: What ended the request, if it was an error.
         """
         count = 0
-        while True:
-            self._wait(lambda: self._output is not None or len(self._tokens) > count, None)
-            while count < len(self._tokens):
-                yield self._tokens[count]
-                count += 1
-            if self._output is not None and count == len(self._tokens):
-                break
+        while self._output is None or count < len(self._tokens):
+            self._wait(partial(self._has_more_than, count), None)
+            fresh = self._tokens[count:]
+            count += len(fresh)
+            yield from fresh
         if self._output.error is not None:
             raise self._output.error
 
@@ -82,6 +80,9 @@ class RequestHandle:
         if self._output is not None:
             self._tell(None)
 
+    def _has_more_than(self, count: int) -> bool:
+        return self._output is not None or len(self._tokens) > count
+
     def _push(self, token: int) -> None:
         self._tokens.append(token)
         if self._listeners:
@@ -92,12 +93,15 @@ class RequestHandle:
         self._output = output
         self._tell(None)
 
-    def _tell(self, token: Any) -> None:
+    def _tell(self, token: int | None) -> None:
         for listener in self._listeners:
-            try:
-                listener(token)
-            except Exception:
-                logger.exception("a listener of request %s failed", self.request_id)
+            self._call(listener, token)
+
+    def _call(self, listener: Listener, token: int | None) -> None:
+        try:
+            listener(token)
+        except Exception:  # noqa: BLE001 (a listener may raise anything; the request is not to suffer)
+            logger.exception("a listener of request %s failed", self.request_id)
 
     def __repr__(self) -> str:
         state = self._output.finish_reason if self._output is not None else f"{len(self._tokens)} tokens so far"

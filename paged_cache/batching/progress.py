@@ -24,15 +24,18 @@ class Progress:
     def __init__(self, total: int, is_shown: bool, stats: Callable[[], BatcherStats]) -> None:
         self._bar = tqdm(total=total, unit="request", disable=None if is_shown and total else True)
         self._stats, self._started, self._refreshed = stats, time.monotonic(), 0.0
+        self._first = 0  # the first request that may not be over
         self._tokens = 0 if self._bar.disable else stats().num_generated_tokens
 
-    def update(self, handles: list[RequestHandle]) -> None:
-        """Shows how far the requests are, now and then."""
+    def count(self, handles: list[RequestHandle]) -> int:
+        """How many of the requests are over; shows it now and then."""
+        while self._first < len(handles) and handles[self._first].done:
+            self._first += 1
         now = time.monotonic()
-        if self._bar.disable or now - self._refreshed < REFRESH_SECONDS:
-            return
-        self._refreshed = now
-        self._show(sum(handle.done for handle in handles), now)
+        if not self._bar.disable and now - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = now
+            self._show(sum(handle.done for handle in handles), now)
+        return self._first
 
     def __enter__(self) -> "Progress":
         return self

@@ -8,7 +8,7 @@ import torch
 from ..errors import InvalidRequestError
 
 PER_PROMPT = {
-    "adapter_names", "cache_salt", "do_sample", "expected_tokens", "generation_config", "length_penalty", "max_length",
+    "adapter_name", "cache_salt", "do_sample", "expected_tokens", "generation_config", "length_penalty", "max_length",
     "max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
     "prefix_allowed_tokens_fn", "priority", "repetition_penalty", "request_id", "seed", "streamer", "temperature", "tenant",
     "timeout", "top_k", "top_p", "typical_p",
@@ -44,10 +44,10 @@ def as_prompts(prompts: Any, attention_mask: Any = None) -> list[Any]:
         raise InvalidRequestError(
             f"prompts is {type(prompts).__name__}: generate takes a list of prompts, [prompt] for one; submit takes one."
         )
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], int):
+    items = list(prompts)
+    if items and isinstance(items[0], int):
         raise InvalidRequestError("prompts is a list of token ids: generate takes a list of prompts, [ids] for one.")
-    return prompts
+    return items
 
 
 def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
@@ -105,7 +105,7 @@ def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def _without_padding(prompts: torch.Tensor, attention_mask: Any) -> list[list[int]]:
     if attention_mask is None:
-        return prompts.tolist()  # type: ignore[no-any-return]
+        return prompts.tolist()
     mask = torch.as_tensor(attention_mask)
     if mask.shape != prompts.shape:
         raise InvalidRequestError(f"attention_mask {tuple(mask.shape)} does not fit prompts {tuple(prompts.shape)}.")

@@ -13,6 +13,6 @@ def shadow(model: torch.nn.Module, **methods: Any) -> Any:
     """
     kind = type(model)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **methods}
-    other = object.__new__(type(kind.__name__, (kind,), names))
+    other: Any = object.__new__(type(kind.__name__, (kind,), names))
     object.__setattr__(other, "__dict__", model.__dict__)
     return other

@@ -1,0 +1,135 @@
+"""`AsyncContinuousBatcher`: the batcher for asyncio, over one background thread."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..pool import BlockPool
+from .batcher import ContinuousBatcher
+from .handle import RequestHandle
+from .output import RequestOutput
+from .stats import BatcherStats
+
+
+class AsyncRequestHandle:
+    """`async for` tokens, `await handle.result()`, or `cancel` it; see `RequestHandle`.
+
+    A task that is cancelled while it waits takes its request with it, so that nobody computes for a client who left.
+    """
+
+    def __init__(self, handle: RequestHandle) -> None:
+        self._handle, self._loop = handle, asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        handle.add_listener(self._notify)
+
+    @property
+    def request_id(self) -> str:
+        """Of the request."""
+        return self._handle.request_id
+
+    @property
+    def tokens(self) -> list[int]:
+        """What there is so far."""
+        return self._handle.tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether the request is over."""
+        return self._handle.done
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """Tokens of the first sequence, as they are chosen.
+
+        Raises:
+            Exception: What ended the request, if it was an error.
+        """
+        count = 0
+        while not self._handle.done or count < len(self._handle.tokens):
+            await self._wait(count)
+            fresh = self._handle.tokens[count:]
+            count += len(fresh)
+            for token in fresh:
+                yield token
+        output = self._handle.result()
+        if output.error is not None:
+            raise output.error
+
+    async def result(self, timeout: float | None = None) -> RequestOutput:
+        """Waits for the end.
+
+        Args:
+            timeout: Seconds to wait at most; the request goes on.
+
+        Raises:
+            TimeoutError: It was not over by then.
+        """
+        end = None if timeout is None else self._loop.time() + timeout
+        while not self._handle.done:
+            left = None if end is None else end - self._loop.time()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"not within {timeout} seconds; the request goes on.")
+            await self._wait(len(self._handle.tokens), left)
+        return self._handle.result()
+
+    def cancel(self) -> None:
+        """Ends the request with finish reason "abort", unless it is over; does not wait for it."""
+        self._loop.run_in_executor(None, self._handle.cancel)
+
+    async def _wait(self, count: int, timeout: float | None = None) -> None:
+        """Until the request is over or has more than `count` tokens, or time is up."""
+        self._changed.clear()
+        if self._handle.done or len(self._handle.tokens) > count:
+            return
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except (TimeoutError, asyncio.TimeoutError):
+            return
+
+    def _notify(self, token: int | None) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+
+class AsyncContinuousBatcher:
+    """`ContinuousBatcher` for asyncio: `async with AsyncContinuousBatcher(model, pool) as batcher: ...`.
+
+    Args:
+        model, pool: As for `ContinuousBatcher`.
+        **options: Likewise.
+    """
+
+    def __init__(self, model: torch.nn.Module, pool: BlockPool, **options: Any) -> None:
+        self._batcher = ContinuousBatcher(model, pool, **options).start()
+
+    async def submit(self, prompt: Any, generation_config: Any = None, **options: Any) -> AsyncRequestHandle:
+        """Hands a request in; see `ContinuousBatcher.submit`."""
+        handle = await asyncio.to_thread(self._batcher.submit, prompt, generation_config, **options)
+        return AsyncRequestHandle(handle)
+
+    async def generate(self, prompts: Any, generation_config: Any = None, **options: Any) -> list[RequestOutput]:
+        """Generates for all prompts; see `ContinuousBatcher.generate`. Cancelled, it ends its requests."""
+        options |= {"generation_config": generation_config}
+        handles = await asyncio.to_thread(self._batcher.submit_all, prompts, **options)
+        return await asyncio.gather(*[AsyncRequestHandle(handle).result() for handle in handles])
+
+    def stats(self) -> BatcherStats:
+        """What is under way and what was done so far."""
+        return self._batcher.stats()
+
+    async def close(self) -> None:
+        """Ends what is not over, and the thread."""
+        await asyncio.to_thread(self._batcher.close)
+
+    async def __aenter__(self) -> "AsyncContinuousBatcher":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,49 @@
+"""What can be served: by which models, and which requests at all."""
+
+import torch
+from transformers import PreTrainedModel
+
+from ..compat import base_model
+from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
+from ..pool import BlockPool
+from .pool_memory import PoolMemory
+from .request import Request
+
+
+def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
+    """The transformers model that generates.
+
+    Raises:
+        UnsupportedModelError, InvalidRequestError: See `ContinuousBatcher`.
+    """
+    inner = base_model(model)
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
+        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model that generates text.")
+    if inner.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is an encoder-decoder: its prompts are not token ids alone."
+        )
+    if not pool.belongs_to(inner):
+        raise InvalidRequestError(f"the pool is none of this {type(inner).__name__}: BlockPool.for_model(model, ...).")
+    if inner.training:
+        raise InvalidRequestError("the model is in training mode, where dropout is active: call model.eval() first.")
+    return inner
+
+
+def why_never(request: Request, memory: PoolMemory, max_num_seqs: int, whole_prompts: bool) -> PagedCacheError | None:
+    """Why a request can never be served; None if it can."""
+    if request.num_rows > max_num_seqs:
+        return InvalidRequestError(
+            f"{request.num_rows} sequences at once (num_beams, num_return_sequences) never fit into max_num_seqs="
+            f"{max_num_seqs}."
+        )
+    needed = memory.blocks_at_most(request, whole_prompts)
+    if needed > memory.num_blocks:
+        return OutOfBlocksError(
+            needed,
+            memory.num_blocks,
+            f"a prompt of {request.num_prompt_tokens} tokens, max_new_tokens={request.max_new_tokens} and "
+            f"{request.num_rows} sequences need up to {needed} blocks of {memory.block_size} tokens, the pool has "
+            f"{memory.num_blocks}: make it larger or ask for less.",
+        )
+    return None

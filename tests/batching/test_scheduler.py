@@ -4,69 +4,9 @@ import pytest
 
 from paged_cache.batching.policy import Policy
 from paged_cache.batching.request import Status
-from paged_cache.batching.scheduler import Scheduler
 from paged_cache.errors import InvalidRequestError
-from tests.batching.integer_memory import IntegerMemory, IntRow, make_request
-
-
-class Machine:
-    """A scheduler, its memory and its clock; `step` is the engine's part."""
-
-    def __init__(
-        self, num_blocks=1000, block_size=4, max_num_seqs=4, max_num_batched_tokens=64, prefixes=None, **options
-    ):
-        self.now = 0.0
-        self.memory = IntegerMemory(num_blocks, block_size, prefixes)
-        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        self.scheduler = Scheduler(self.memory, clock=lambda: self.now, **limits, **options)
-        self.admitted, self.ended, self.plans = [], [], []
-
-    def add(self, *requests):
-        for request in requests:
-            request.arrival_time = self.now
-        self.scheduler.add(*requests)
-        return requests
-
-    def step(self, budget=None):
-        """Computes one plan; rows whose tokens are all computed get one more, or end."""
-        plan = self.scheduler.schedule(budget)
-        self.plans.append(plan)
-        self.admitted += plan.admitted
-        for request, row, num_tokens in plan.chunks:
-            assert request.status is Status.RUNNING
-            assert 0 < num_tokens <= row.num_tokens - row.num_computed
-            self.memory.compute(row, num_tokens)
-        for request in {chunk.request: None for chunk in plan.chunks}:
-            self.sample(request)
-        self.now += 0.01
-        return plan
-
-    def sample(self, request):
-        if any(row.num_computed < row.num_tokens for row in request.rows):
-            return
-        while len(request.rows) < request.num_rows:  # forks copy, which is the worst case for blocks
-            row = IntRow(request.rows[0].num_tokens)
-            request.rows.append(row)
-            if self.memory.growth(row, row.num_tokens) <= self.memory.num_free:
-                self.memory.compute(row, row.num_tokens)
-        for row in request.rows:
-            row.num_tokens += row.num_computed == row.num_tokens
-        if min(row.num_tokens for row in request.rows) >= request.num_prompt_tokens + request.max_new_tokens:
-            self.ended.append(request)
-            self.scheduler.remove(request)
-            self.scheduler.observe_output(request, request.max_new_tokens)
-
-    def run(self, limit=10_000):
-        """Until nothing is left to do."""
-        while self.scheduler.num_waiting or self.scheduler.num_running:
-            assert self.step().chunks, "nothing gets on"
-            limit -= 1
-            assert limit, "it takes for ever"
-        return self
-
-
-def names(requests):
-    return [request.request_id for request in requests]
+from tests.batching.integer_memory import make_request
+from tests.batching.machine import Machine, names
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "sjf", "sjf-no-aging", "hrrn"])
@@ -159,6 +99,70 @@ def test_shortest_first():
     machine.run()
 
     assert names(machine.admitted) == ["short", "middle", "long"]
+
+
+def test_blocks_are_kept_for_an_overdue_one():
+    """What does not fit is passed over as often as its displacement allows; then all others wait until it runs."""
+    machine = Machine(num_blocks=10, max_num_seqs=8, max_displacement=2, policy="fcfs", headroom=0)
+    machine.add(make_request("running", 4, 30), make_request("large", 24, 8))
+    machine.add(*(make_request(f"small {i}", 4, 1) for i in range(5)))
+    machine.run()
+
+    assert names(machine.admitted)[:4] == ["running", "small 0", "small 1", "large"]
+
+
+def test_nobody_of_a_later_priority_fills_in():
+    """As long as somebody of a more urgent priority waits for blocks, the others wait as well."""
+    machine = Machine(num_blocks=10, max_num_seqs=8, headroom=0)
+    machine.add(make_request("running", 4, 30, priority=0))
+    machine.step()
+    machine.add(make_request("large", 24, 8, priority=1), make_request("small", 4, 1, priority=2))
+    machine.run()
+
+    assert names(machine.admitted) == ["running", "large", "small"]
+
+
+def test_admission_foresees_the_peak():
+    """Two requests that will need all blocks at different times run together; two that need them at once do not."""
+    machine = Machine(num_blocks=10, policy="fcfs", headroom=0)
+    machine.add(make_request("a", 12, 8), make_request("b", 12, 8))
+    assert names(machine.step().admitted) == ["a", "b"]  # 5 blocks each at the end
+    machine = Machine(num_blocks=10, policy="fcfs", headroom=0)
+    machine.add(make_request("a", 12, 24), make_request("b", 12, 24))
+    assert names(machine.step().admitted) == ["a"]  # 9 blocks each
+    assert machine.run().scheduler.stats.num_preemptions == 0
+
+
+def test_cached_tokens_are_not_computed():
+    """A request that finds its prefix has less to compute, and its blocks count once where others hold them."""
+    machine = Machine(prefixes={"a": 32})
+    machine.add(make_request("a", 40, 2))
+
+    assert [chunk.num_tokens for chunk in machine.step().chunks] == [8]
+
+
+def test_prompts_that_fill_the_memory_give_way():
+    """Where halves of prompts hold all blocks, the last one by key loses its own."""
+    machine = Machine(num_blocks=8, max_num_batched_tokens=8, policy="fcfs", headroom=-1)
+    machine.add(make_request("a", 28, 2), make_request("b", 28, 2))
+    machine.run()
+
+    assert names(machine.ended) == ["a", "b"]
+
+
+def test_a_refusal_is_not_asked_for_again_and_again():
+    """While blocks only become fewer, nobody is looked at a second time; a request that ends changes that."""
+    machine = Machine(num_blocks=10, headroom=0)
+    looked = []
+    machine.memory.look = lambda request, look=machine.memory.look: looked.append(request) or look(request)
+    machine.add(make_request("a", 12, 20))
+    machine.step()
+    machine.add(make_request("b", 12, 20))
+    for _ in range(10):
+        machine.step()
+    assert names(looked) == ["a", "b"]
+    machine.run()
+    assert names(machine.ended) == ["a", "b"]
 
 
 def test_what_is_coming_is_waited_for():

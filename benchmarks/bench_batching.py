@@ -26,7 +26,7 @@ import transformers
 from batching import measuring, models, ours, peers, profiling, report, soak
 from batching.measuring import Candidate, Comparison
 from batching.workload import Workload, make_workload
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from roofline.report import environment
 
@@ -73,15 +73,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def limits(args: argparse.Namespace) -> dict[str, Any]:
+    """Of this package's batcher."""
+    given = {name: getattr(args, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
-    """Those that were asked for and are there."""
-    limits = {name: getattr(args, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
-    limits = {name: value for name, value in limits.items() if value is not None}
+    """Those that were asked for."""
     everybody: list[Candidate] = [
         peers.Loop(model),
         peers.Padded(model, size=args.padded_size),
         peers.GenerateBatch(model),
-        *(ours.Ours(model, policy, args.room, limits) for policy in measuring.OURS),
+        *(ours.Ours(model, policy, args.room, limits(args)) for policy in measuring.OURS),
     ]
     return [candidate for name in args.only for candidate in everybody if candidate.name == name]
 
@@ -133,10 +137,17 @@ def compare_all(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> 
 
 
 def take_apart(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
-    """Where the time of a step goes."""
-    result = profiling.profile(model, args.profile, num_steps=20 if args.quick else profiling.STEPS)
-    print(profiling.describe(result))
-    write(args.output, found | dataclasses.asdict(result))
+    """Where the time goes: of a decode step, and of serving the first workload."""
+    workload = make_workload(args.requests, args.factor, model.config.vocab_size, args.shared[0], args.seed)
+    served = ours.Ours(model, "sjf", args.room, limits(args))
+    served.run(workload.first(measuring.CHECKED))
+    num_steps = 20 if args.quick else profiling.STEPS
+    profiles = [
+        profiling.profile_decoding(model, args.profile, num_steps),
+        profiling.profile_workload(served, workload),
+    ]
+    print(*map(profiling.describe, profiles), sep="\n")
+    write(args.output, found | {"profiles": list(map(dataclasses.asdict, profiles))})
 
 
 def endure(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:

@@ -37,20 +37,25 @@ class Ours:
 
     def run(self, workload: Workload) -> Run:
         """From the call of `generate` until it returns."""
-        pool = self.make_pool(workload)
-        with ContinuousBatcher(self.model, pool, policy=self.policy, **self.limits) as batcher:
+        with self.batcher(workload) as batcher:
             start = time.monotonic()  # the batcher's clock
-            outputs = batcher.generate(
-                workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False
-            )
+            outputs = self.serve(batcher, workload)
             seconds = time.monotonic() - start
-            stats = batcher.stats()
+            pool, stats = batcher.pool, batcher.stats()
         pool.check()
-        requests = [_served(output, start) for output in outputs]
         kv_bytes = stats.peak_blocks_in_use * pool.nbytes // pool.num_blocks
+        requests = [_served(output, start) for output in outputs]
         return Run(seconds, requests, kv_bytes, stats.num_preemptions, sum(x.cached_tokens for x in outputs))
 
-    def make_pool(self, workload: Workload) -> BlockPool:
+    def batcher(self, workload: Workload) -> ContinuousBatcher:
+        """A new one, on a new pool."""
+        return ContinuousBatcher(self.model, self._pool(workload), policy=self.policy, **self.limits)
+
+    def serve(self, batcher: ContinuousBatcher, workload: Workload) -> list[RequestOutput]:
+        """All requests."""
+        return batcher.generate(workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False)
+
+    def _pool(self, workload: Workload) -> BlockPool:
         """At least large enough for the longest request."""
         lengths = [len(prompt) + new for prompt, new in zip(workload.prompts, workload.num_new, strict=True)]
         blocks = [-(-length // self.block_size) for length in lengths]

@@ -1,35 +1,47 @@
-"""Where the time of a step goes: a batcher with all its sequences running, parts of the step timed one by one."""
+"""Where the time goes: parts of the batcher and of the model, timed one by one."""
 
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from paged_cache import BlockPool, ContinuousBatcher
 from paged_cache.batching import processing
 
+from .ours import Ours
+from .workload import Workload
+
 PROMPT, WARM_UP, STEPS = 64, 16, 200
-MODEL, CHOOSING, REST = "model", "choosing tokens", "everything else"
-WHOLE = "step"
+LINEAR, ATTENTION, UPDATE, ROTARY = "linear layers", "attention", "cache update", "rotary embedding"
+NORMS, MODEL, CHOOSING = "norms", "model, the rest", "choosing tokens"
+IN_MODEL = (LINEAR, ATTENTION, UPDATE, ROTARY, NORMS, MODEL)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Medians over steps.
+    """What the time was spent on.
 
     Attributes:
-        num_seqs: Sequences that ran.
-        context: Tokens behind each of them, on average.
-        milliseconds: By part; the parts of `bookkeeping` are in there, too.
-        bookkeeping: Share of a step outside the model and the choice of tokens, in percent.
+        name: What was served.
+        milliseconds: By part.
+        bookkeeping: Share outside the model and the choice of tokens, in percent.
     """
 
-    num_seqs: int
-    context: float
+    name: str
     milliseconds: dict[str, float]
     bookkeeping: float
+
+    @classmethod
+    def of(cls, name: str, milliseconds: dict[str, float]) -> "Profile":
+        """Of the parts, which together are all there is."""
+        inside = sum(milliseconds.get(part, 0.0) for part in (*IN_MODEL, CHOOSING))
+        return cls(name, milliseconds, 100 * (1 - inside / sum(milliseconds.values())))
 
 
 class Parts:
@@ -64,20 +76,22 @@ class Parts:
         self.steps.append(dict(self._step))
         self._step.clear()
 
+    def names(self) -> set[str]:
+        """Parts of all steps."""
+        return {name for step in self.steps for name in step}
+
     def close(self) -> None:
         """Everything is as before."""
         for undo in reversed(self._undo):
             undo()
 
 
-def profile(model: Any, num_seqs: int, num_steps: int = STEPS) -> Profile:
-    """Steps of `num_seqs` requests, greedy, all of them decoding."""
-    vocab_size, num_new = model.config.vocab_size, WARM_UP + num_steps + num_seqs
-    prompts = [[(7 * i + 13 * j) % vocab_size for j in range(PROMPT)] for i in range(num_seqs)]
-    num_blocks = num_seqs * (-(-(PROMPT + num_new) // 16) + 1)
-    pool = BlockPool.for_model(model, num_blocks=num_blocks)
-    parts = Parts()
-    with ContinuousBatcher(model, pool, max_num_seqs=num_seqs) as batcher:
+def profile_decoding(model: Any, num_seqs: int, num_steps: int) -> Profile:
+    """Steps of `num_seqs` requests, greedy, all of them decoding; medians over steps."""
+    num_new = WARM_UP + num_steps + num_seqs
+    prompts = [[(7 * i + 13 * j) % model.config.vocab_size for j in range(PROMPT)] for i in range(num_seqs)]
+    pool = BlockPool.for_model(model, num_blocks=num_seqs * (-(-(PROMPT + num_new) // 16) + 1))
+    with ContinuousBatcher(model, pool, max_num_seqs=num_seqs) as batcher, closing(Parts()) as parts:
         for prompt in prompts:
             batcher.submit(prompt, max_new_tokens=num_new, do_sample=False)
         while batcher.stats().num_waiting or batcher.stats().num_running < num_seqs:
@@ -85,42 +99,54 @@ def profile(model: Any, num_seqs: int, num_steps: int = STEPS) -> Profile:
         for _ in range(WARM_UP):
             batcher.step()
         _watch(parts, batcher, model)
-        try:
-            for _ in range(num_steps):
-                batcher.step()
-                parts.end_step()
-        finally:
-            parts.close()
-    return _profile(parts, num_seqs, PROMPT + WARM_UP + num_steps / 2)
+        for _ in range(num_steps):
+            batcher.step()
+            parts.end_step()
+    medians = {name: 1e3 * statistics.median(step.get(name, 0.0) for step in parts.steps) for name in parts.names()}
+    context = PROMPT + WARM_UP + num_steps // 2
+    return Profile.of(f"a step of {num_seqs} sequences of {context} tokens, median of {num_steps}", medians)
+
+
+def profile_workload(ours: Ours, workload: Workload) -> Profile:
+    """All of `generate`."""
+    with closing(Parts()) as parts, ours.batcher(workload) as batcher:
+        _watch(parts, batcher, ours.model)
+        ours.serve(batcher, workload)
+        steps = batcher.stats().num_steps
+    parts.end_step()
+    milliseconds = {name: 1e3 * seconds for name, seconds in parts.steps[0].items()}
+    return Profile.of(f"{workload.describe()}, {steps} steps", milliseconds)
 
 
 def _watch(parts: Parts, batcher: Any, model: Any) -> None:
     engine = batcher._engine
-    parts.watch(batcher, "step", "around a step")
+    parts.watch(batcher, "generate", "taking requests, returning outputs")
+    parts.watch(engine, "step", "engine")
     parts.watch(engine.scheduler, "schedule", "scheduling")
     parts.watch(engine.memory, "begin_step", "keys of prefixes")
+    parts.watch(engine, "_execute", "inputs of the model, tables, masks")
     parts.watch(engine.forward, "_grow", "blocks and slots")
     parts.watch(engine.forward._manager, "commit_all", "prefix index")
-    parts.watch(engine, "_execute", "inputs of the model")
-    parts.watch(model, "forward", MODEL)
     parts.watch(processing, "choose", CHOOSING)
     parts.watch(engine.outputs, "process", "requests and handles")
-
-
-def _profile(parts: Parts, num_seqs: int, context: float) -> Profile:
-    names = sorted({name for step in parts.steps for name in step})
-    medians = {name: 1e3 * statistics.median(step.get(name, 0.0) for step in parts.steps) for name in names}
-    whole = sum(medians.values())
-    bookkeeping = 100 * (whole - medians[MODEL] - medians[CHOOSING]) / whole
-    return Profile(num_seqs, context, {WHOLE: whole, **medians}, bookkeeping)
+    parts.watch(model, "forward", MODEL)
+    parts.watch(engine.forward._cache, "update", UPDATE)
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        parts.watch(code, "apply_rotary_pos_emb", ROTARY)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            parts.watch(module, "forward", LINEAR)
+        elif name.endswith("attn"):
+            parts.watch(module, "forward", ATTENTION)
+        elif "norm" in type(module).__name__.lower():
+            parts.watch(module, "forward", NORMS)
 
 
 def describe(found: Profile) -> str:
     """A line per part, the longest first."""
-    whole = found.milliseconds[WHOLE]
-    lines = [f"{found.num_seqs} sequences of {found.context:.0f} tokens on average, medians per step"]
-    lines += [
-        f"{name:24}{ms:8.3f} ms {ms / whole:7.1%}"
-        for name, ms in sorted(found.milliseconds.items(), key=lambda item: -item[1])
-    ]
-    return "\n".join([*lines, f"{'bookkeeping':24}{whole * found.bookkeeping / 100:8.3f} ms {found.bookkeeping:6.1f}%"])
+    whole = sum(found.milliseconds.values())
+    parts = sorted(found.milliseconds.items(), key=lambda item: -item[1])
+    lines = [f"{name:36}{ms:10.3f} ms {ms / whole:7.1%}" for name, ms in parts]
+    lines.append(f"{'bookkeeping':36}{whole * found.bookkeeping / 100:10.3f} ms {found.bookkeeping:6.1f}%")
+    return "\n".join([f"\n{found.name}: {whole:.2f} ms", *lines])

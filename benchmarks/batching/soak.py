@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from paged_cache import BlockPool, ContinuousBatcher
 

@@ -1,7 +1,8 @@
 """Output processing of a step: logits to tokens, for all requests that are ready, in as few calls as there are kinds."""
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -49,30 +50,48 @@ def _choose_alike(decodings: list[Decoding], logits: torch.Tensor, places: list[
     for i, (decoding, rows) in enumerate(zip(decodings, places, strict=True)):
         own_logits = _rows(logits, rows)
         try:
-            scores = own_logits.clone()
-            parts.append(decoding.own(decoding.input_ids, scores) if decoding.own else scores)
+            parts.append(decoding.process(own_logits))
             ready.append(i)
             raw.append(own_logits)
         except Exception as error:  # noqa: BLE001 (whatever a request's own processor raises is its own)
             choices[i] = error
     if not ready:
         return choices
-    shared = decodings[ready[0]].shared
-    sizes = [len(part) for part in parts]
+    first = decodings[ready[0]]
     scores = torch.cat(parts) if len(parts) > 1 else parts[0]
-    scores = shared(None, scores) if shared else scores  # type: ignore[arg-type]
-    is_sampled = decodings[ready[0]].do_sample
-    values = torch.nn.functional.softmax(scores, dim=-1) if is_sampled else scores
-    best = None if is_sampled else scores.argmax(-1).split(sizes)
-    for k, (i, part) in enumerate(zip(ready, values.split(sizes), strict=True)):
-        decoding = decodings[i]
-        decoding.keep(raw[k], scores.split(sizes)[k])
-        try:
-            tokens = torch.multinomial(part, 1, generator=decoding.generator)[:, 0] if best is None else best[k]
-            choices[i] = tokens.tolist()
-        except RuntimeError as error:  # probabilities that are none: only this request made them
-            choices[i] = error
+    input_ids = _padded([decodings[i].input_ids for i in ready]) if first.shares_ids else None
+    for processor in first.shared:
+        scores = processor(input_ids, scores)
+    pieces = scores.split([len(part) for part in parts])
+    for i, own_logits, piece in zip(ready, raw, pieces, strict=True):
+        decodings[i].keep(own_logits, piece)
+    found = _sample([decodings[i] for i in ready], scores, pieces) if first.do_sample else _argmax(scores, pieces)
+    for i, choice in zip(ready, found, strict=True):
+        choices[i] = choice
     return choices
+
+
+def _argmax(scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice]:
+    tokens = iter(scores.argmax(-1).tolist())
+    return [list(islice(tokens, len(piece))) for piece in pieces]
+
+
+def _sample(decodings: list[Decoding], scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice]:
+    """Each request draws from its own random numbers, in the way of `generate`."""
+    probabilities = torch.nn.functional.softmax(scores, dim=-1).split([len(piece) for piece in pieces])
+    choices: list[Choice] = []
+    for decoding, part in zip(decodings, probabilities, strict=True):
+        try:
+            choices.append(torch.multinomial(part, 1, generator=decoding.generator)[:, 0].tolist())
+        except RuntimeError as error:  # probabilities that are none: only this request made them
+            choices.append(error)
+    return choices
+
+
+def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    """int64 `[num_rows, longest]`: rows of different lengths, filled up with their own first token, which changes no set."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.cat([torch.cat([row, row[:, :1].expand(-1, longest - row.shape[1])], dim=1) for row in rows])
 
 
 def _rows(logits: torch.Tensor, places: list[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .preparing import Prepared
 from .request import Row
 
 SHARED: dict[type, tuple[str, ...]] = {
+    processes.RepetitionPenaltyLogitsProcessor: ("penalty",),
     processes.TemperatureLogitsWarper: ("temperature",),
     processes.TopKLogitsWarper: ("top_k", "filter_value"),
     processes.TopPLogitsWarper: ("top_p", "filter_value", "min_tokens_to_keep"),
@@ -22,9 +23,10 @@ SHARED: dict[type, tuple[str, ...]] = {
     processes.InfNanRemoveLogitsProcessor: (),
     processes.LogitNormalization: (),
 }
-"""Processors that look at the scores of one row and at nothing else, with what their result depends on."""
+"""Processors that look at the scores of one row, with what their result depends on;"""
 
-NO_KEY: Hashable = ()
+NEEDS_IDS = {processes.RepetitionPenaltyLogitsProcessor}
+"""and those among them that look at which tokens the row has, in whatever order."""
 
 
 class Decoding:
@@ -40,6 +42,7 @@ class Decoding:
         is_plain: One greedy sequence without processors.
         own, shared: Processors that need the request's own call, and those behind them that others may share.
         shared_key: Equal keys mean equal `shared`.
+        shares_ids: Whether `shared` looks at `input_ids`.
     """
 
     def __init__(self, prepared: Prepared, generator: torch.Generator | None) -> None:
@@ -60,7 +63,9 @@ class Decoding:
         keeps_any = self.scores is not None or self.logits is not None
         self.is_plain = not (self.do_sample or self.own or self.shared or keeps_any or self.num_rows > 1)
         self._pad = int(config.pad_token_id) if isinstance(config.pad_token_id, int) else 0
-        self._ids: torch.Tensor | None = prepared.input_ids if self.own or self.criteria else None
+        self.shares_ids = any(type(processor) in NEEDS_IDS for processor in self.shared)
+        needs_ids = self.own or self.criteria or self.shares_ids
+        self._ids: torch.Tensor | None = prepared.input_ids if needs_ids else None
         self._length = len(self.prompt_ids)
 
     def close(self) -> None:
@@ -86,6 +91,13 @@ class Decoding:
     def sequences(self) -> list[list[int]]:
         """Generated tokens of each sequence."""
         return [row.tokens[len(self.prompt_ids) :] for row in self.rows]
+
+    def process(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores `[num_rows, vocab_size]` behind the request's own processors."""
+        scores = logits.clone()
+        for processor in self.own:
+            scores = processor(self.input_ids, scores)
+        return scores
 
     def keep(self, logits: torch.Tensor, scores: torch.Tensor) -> None:
         """Remembers `[num_rows, vocab_size]` of this token, if that was asked for."""
@@ -128,13 +140,20 @@ class Decoding:
             self.reasons = [old or (reason if flag else None) for old, flag in zip(self.reasons, flags, strict=True)]
 
 
-def _split(processors: LogitsProcessorList) -> tuple[LogitsProcessorList, LogitsProcessorList, Hashable]:
+def _split(processors: LogitsProcessorList) -> tuple[list[Any], list[Any], Hashable]:
     """Processors of a request's own and the shareable ones behind them, with the latter's key."""
     first = len(processors)
-    while first and type(processors[first - 1]) in SHARED:
+    while first and _is_shared(processors[first - 1]):
         first -= 1
     key = tuple((type(p).__name__, *(float(getattr(p, name)) for name in SHARED[type(p)])) for p in processors[first:])
-    return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), key
+    return list(processors[:first]), list(processors[first:]), key
+
+
+def _is_shared(processor: Any) -> bool:
+    is_special = (
+        getattr(processor, "prompt_ignore_length", None) or getattr(processor, "logits_indices", None) is not None
+    )
+    return type(processor) in SHARED and not is_special
 
 
 def _read(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:

@@ -79,13 +79,14 @@ def _argmax(scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice
 def _sample(decodings: list[Decoding], scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice]:
     """Each request draws from its own random numbers, in the way of `generate`."""
     probabilities = torch.nn.functional.softmax(scores, dim=-1).split([len(piece) for piece in pieces])
-    choices: list[Choice] = []
-    for decoding, part in zip(decodings, probabilities, strict=True):
-        try:
-            choices.append(torch.multinomial(part, 1, generator=decoding.generator)[:, 0].tolist())
-        except RuntimeError as error:  # probabilities that are none: only this request made them
-            choices.append(error)
-    return choices
+    return [_draw(decoding, part) for decoding, part in zip(decodings, probabilities, strict=True)]
+
+
+def _draw(decoding: Decoding, probabilities: torch.Tensor) -> Choice:
+    try:
+        return torch.multinomial(probabilities, 1, generator=decoding.generator)[:, 0].tolist()  # type: ignore[no-any-return]
+    except RuntimeError as error:  # probabilities that are none: only this request made them
+        return error
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -66,6 +66,7 @@ class Decoding:
         self.shares_ids = any(type(processor) in NEEDS_IDS for processor in self.shared)
         needs_ids = self.own or self.criteria or self.shares_ids
         self._ids: torch.Tensor | None = prepared.input_ids if needs_ids else None
+        self._is_simple = self._ids is None and self.num_rows == 1
         self._length = len(self.prompt_ids)
 
     def close(self) -> None:
@@ -109,6 +110,9 @@ class Decoding:
     def accept(self, tokens: list[int]) -> None:
         """Appends a token to each sequence that is not complete, and looks which are complete now."""
         self._length += 1
+        if self._is_simple:
+            self._accept_one(tokens[0])
+            return
         if self._ids is not None:
             self._write(tokens)
         is_last = self._length >= self.max_length
@@ -121,6 +125,13 @@ class Decoding:
             self._ask_criteria()
         if is_last:
             self.reasons = [reason or "length" for reason in self.reasons]
+
+    def _accept_one(self, token: int) -> None:
+        self.rows[0].tokens.append(token)
+        if token in self.eos_ids:
+            self.reasons[0] = "stop"
+        elif self._length >= self.max_length:
+            self.reasons[0] = "length"
 
     def _write(self, tokens: list[int]) -> None:
         """`input_ids` with one more column, padding for complete sequences."""
@@ -150,10 +161,8 @@ def _split(processors: LogitsProcessorList) -> tuple[list[Any], list[Any], Hasha
 
 
 def _is_shared(processor: Any) -> bool:
-    is_special = (
-        getattr(processor, "prompt_ignore_length", None) or getattr(processor, "logits_indices", None) is not None
-    )
-    return type(processor) in SHARED and not is_special
+    options = (getattr(processor, name, None) for name in ("prompt_ignore_length", "logits_indices"))
+    return type(processor) in SHARED and all(option is None for option in options)
 
 
 def _read(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:

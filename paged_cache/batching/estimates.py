@@ -28,7 +28,7 @@ class Estimates:
     def outlook(self, now: float, waiting_work: float) -> Outlook:
         """What policies may know, besides the request."""
         mean_work = self._mean_work.total / max(1.0, self._mean_work.count)
-        return Outlook(now, mean_work, waiting_work / self._num_slots, self.rank_check.is_predictable)
+        return Outlook(now, mean_work, waiting_work / self._num_slots, self.rank_check.trust)
 
     def observe_output(self, request: Request, num_tokens: int) -> None:
         """Learns from a request that generated so many tokens per row."""

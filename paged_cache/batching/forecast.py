@@ -64,10 +64,12 @@ class Forecast:
         self._num_used += needed
 
     def blocks_at_once(self, request: Request, prefix: Prefix, is_whole: bool) -> int:
-        """Blocks that a request takes on admission: cached ones that were free, and those of its first piece."""
+        """Blocks that a request takes on admission: cached ones that were free, and those of its first piece, one token at least."""
         cached, known, _ = self._sizes(request, prefix.num_cached)
         idle = cached if prefix.idle_blocks is None else prefix.idle_blocks
-        return idle + (known - cached if is_whole else self._memory.blocks_for(1))
+        if is_whole:
+            return idle + known - cached
+        return idle if prefix.num_cached % self._memory.block_size else idle + self._memory.blocks_for(1)
 
     def _candidate(self, request: Request, prefix: Prefix) -> tuple[int, Course]:
         """Blocks until all its tokens are computed, and its course from then on."""

@@ -16,13 +16,13 @@ class Outlook(NamedTuple):
         now: The clock, seconds.
         mean_work: Mean `work` of recent requests, seconds of a slot's time.
         backlog: Seconds until all that wait, this one included, would be served first come, first served.
-        is_predictable: Whether predictions agree with what requests turn out to need.
+        trust: How well predictions agree with what requests turn out to need: 0 not at all, 1 well enough to follow them.
     """
 
     now: float
     mean_work: float
     backlog: float
-    is_predictable: bool
+    trust: float
 
 
 class Policy(ABC):
@@ -90,17 +90,17 @@ class ShortestJobFirst(Policy):
 
     name = "sjf"
 
-    def __init__(self, patience: float = 4.0, knee: float = 0.3) -> None:
+    def __init__(self, patience: float = 5.0, knee: float = 1.0) -> None:
         self.patience, self.knee = patience, knee
         self._window = self._time = -math.inf
 
     def key(self, request: Request, outlook: Outlook) -> float:
-        """When it is due. While predictions say nothing, the time of arrival."""
+        """When it is due. Where predictions are worthless, the time of arrival."""
         time = request.arrival_time
         fading = self._window - (time - self._time) if self._window > 0 else 0.0
         self._window = max(self.patience * (outlook.mean_work + outlook.backlog), fading)
         self._time = time
-        return time + self._window * self._phi(request.work, outlook.mean_work) if outlook.is_predictable else time
+        return time + outlook.trust * self._window * self._phi(request.work, outlook.mean_work)
 
     def _phi(self, work: float, mean_work: float) -> float:
         knee = self.knee * mean_work

@@ -110,22 +110,25 @@ class RankCheck:
 
     Args:
         window: How many of the last requests count.
-        least: Correlation below which predictions are worth nothing.
+        least: Correlation up to which predictions are worth nothing: chance alone makes some.
+        enough: Correlation from which they are followed all the way.
         patience: Requests until there is a verdict, which is good before.
     """
 
     EVERY = 16
 
-    def __init__(self, window: int = 256, least: float = 0.1, patience: int = 32) -> None:
+    def __init__(self, window: int = 256, least: float = 0.1, enough: float = 0.3, patience: int = 32) -> None:
         self._pairs: deque[tuple[float, float]] = deque(maxlen=window)
-        self._least, self._patience = least, patience
+        self._least, self._enough, self._patience = least, enough, patience
         self._num_seen = 0
         self.correlation: float | None = None
 
     @property
-    def is_predictable(self) -> bool:
-        """Whether predictions are worth something, as far as is known."""
-        return self.correlation is None or self.correlation >= self._least
+    def trust(self) -> float:
+        """0 to 1: what predictions are worth, as far as is known."""
+        if self.correlation is None:
+            return 1.0
+        return min(1.0, max(0.0, (self.correlation - self._least) / (self._enough - self._least)))
 
     def observe(self, predicted: float, actual: float) -> None:
         """Takes in one request; every sixteenth time there is a new verdict."""

@@ -12,9 +12,9 @@ from paged_cache.batching.request import Request
 from paged_cache.errors import InvalidRequestError
 
 
-def key(policy, time=0.0, work=1.0, mean_work=1.0, backlog=0.0, is_predictable=True):
+def key(policy, time=0.0, work=1.0, mean_work=1.0, backlog=0.0, trust=1.0):
     request = Request("", range(1), 1, arrival_time=time, work=work)
-    return policy.key(request, Outlook(time, mean_work, backlog, is_predictable))
+    return policy.key(request, Outlook(time, mean_work, backlog, trust))
 
 
 ARRIVALS = st.lists(st.tuples(st.floats(0, 20), st.floats(0, 100), st.floats(0, 50)), min_size=2, max_size=30)
@@ -28,7 +28,7 @@ def test_nobody_who_comes_a_window_later_is_first(arrivals):
         time += gap
         chosen = key(policy, time, work, 1.0, backlog)
         assert time <= chosen <= time + policy._window
-        assert policy._window >= 4 * (1 + backlog)
+        assert policy._window >= policy.patience * (1 + backlog)
 
 
 @given(ARRIVALS, st.floats(0.1, 30))
@@ -55,8 +55,8 @@ def test_less_work_is_sooner(left, right):
 def test_worthless_predictions_are_not_followed():
     """Then it is first come, first served."""
     policy = ShortestJobFirst()
-    assert key(policy, 7.0, work=50.0, is_predictable=False) == 7.0
-    assert key(policy, 7.0, work=50.0) > 7.0
+    assert key(policy, 7.0, work=50.0, trust=0.0) == 7.0
+    assert 7.0 < key(policy, 7.0, work=50.0, trust=0.5) < key(policy, 7.0, work=50.0)
 
 
 def test_the_others():

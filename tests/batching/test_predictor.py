@@ -92,12 +92,12 @@ def test_spearman_shares_ranks():
 def test_the_check_finds_out():
     """Good predictions stay trusted; random and reversed ones are not, and are again when they get better."""
     rng, check = random.Random(0), RankCheck()
-    assert check.is_predictable
-    for predict, verdict in [(lambda x: x, True), (lambda x: -x, False), (lambda x: x + rng.random(), True)]:
+    assert check.trust == 1
+    for predict, verdict in [(lambda x: x, 1), (lambda x: -x, 0), (lambda x: x + rng.random(), 1)]:
         for _ in range(300):
             actual = rng.random()
             check.observe(predict(actual), actual)
-        assert check.is_predictable is verdict
+        assert check.trust == verdict
     for _ in range(2000):
         check.observe(0.0, rng.random())
-    assert not check.is_predictable
+    assert check.trust == 0

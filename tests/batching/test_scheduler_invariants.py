@@ -1,0 +1,147 @@
+"""Arbitrary arrivals, lengths, predictions, cancellations and preemptions: nothing is lost, nobody starves, blocks are conserved."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from paged_cache.batching.request import Status
+from tests.batching.integer_memory import make_request
+from tests.batching.machine import Machine
+
+NUM_BLOCKS, BLOCK_SIZE, SLOTS, BUDGET = 24, 4, 5, 16
+POLICIES = ["fcfs", "sjf", "sjf-no-aging", "hrrn"]
+PREDICTIONS = {
+    "none": lambda true, limit: None,
+    "oracle": lambda true, limit: true,
+    "reversed": lambda true, limit: limit - true,
+    "all short": lambda true, limit: 1,
+    "all long": lambda true, limit: 1e9,
+}
+
+
+class Serving(RuleBasedStateMachine):
+    """An engine that anything happens to."""
+
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        max_displacement=st.sampled_from([None, 0, 3]),
+        whole_prompts=st.booleans(),
+        max_chunk=st.sampled_from([None, 1, 5]),
+        headroom=st.sampled_from([0.02, -1.0]),  # the latter admits far too many
+    )
+    def start(self, max_displacement, **options):
+        self.machine = Machine(NUM_BLOCKS, BLOCK_SIZE, SLOTS, BUDGET, max_displacement=max_displacement, **options)
+        self.whole_prompts, self.requests, self.cancelled = options["whole_prompts"], [], []
+
+    @rule(
+        shapes=st.lists(
+            st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(1, 3), st.integers(0, 1), st.integers(0, 40)),
+            min_size=1,
+            max_size=6,
+        ),
+        prediction=st.sampled_from(sorted(PREDICTIONS)),
+    )
+    def arrive(self, shapes, prediction):
+        new = []
+        for num_prompt, num_new, num_rows, priority, num_cached in shapes:
+            num_rows = num_rows if num_rows * -(-(num_prompt + num_new) // BLOCK_SIZE) <= NUM_BLOCKS else 1
+            name, expected = f"{len(self.requests) + len(new)}", PREDICTIONS[prediction](num_new, 25)
+            self.machine.memory.prefixes[name] = num_cached
+            new.append(
+                make_request(name, num_prompt, num_new, num_rows=num_rows, priority=priority, expected_tokens=expected)
+            )
+        self.requests += self.machine.add(*new)
+
+    @rule(times=st.integers(1, 8), budget=st.sampled_from([None, None, 1, 7]))
+    def step(self, times, budget):
+        for _ in range(times):
+            is_busy = self.machine.scheduler.num_running + self.machine.scheduler.num_waiting > 0
+            plan = self.machine.step(budget)
+            num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
+            assert num_tokens <= (budget or BUDGET) or self.whole_prompts
+            assert len({id(chunk.row) for chunk in plan.chunks}) == len(plan.chunks)
+            assert bool(plan.chunks) == is_busy
+            assert not (plan.admitted and plan.preempted)
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(request.status is not Status.FINISHED for request in self.requests))
+    def cancel(self, data):
+        alive = [request for request in self.requests if request.status is not Status.FINISHED]
+        request = data.draw(st.sampled_from(alive))
+        self.machine.scheduler.remove(request)
+        self.cancelled.append(request)
+
+    @rule()
+    def preempt(self):
+        before = self.machine.scheduler.num_running
+        victim = self.machine.scheduler.preempt()
+        assert (victim is not None) == (before > 1)
+
+    @rule()
+    def wait(self):
+        self.machine.now += 5.0
+
+    @invariant()
+    def blocks_are_conserved(self):
+        rows = [row for request in self.requests for row in request.rows]
+        assert self.machine.memory.num_free + sum(row.num_blocks for row in rows) == NUM_BLOCKS
+        scheduler = self.machine.scheduler
+        running = [request for request in self.requests if request.status is Status.RUNNING]
+        waiting = [request for request in self.requests if request.status is Status.WAITING]
+        assert sorted(map(id, running)) == sorted(map(id, scheduler.running))
+        assert sorted(map(id, waiting)) == sorted(map(id, scheduler.waiting))
+        assert sum(request.num_rows for request in running) == scheduler.num_running_seqs <= SLOTS
+        assert all(row.num_blocks == 0 for request in waiting for row in request.rows)
+
+    def teardown(self):
+        """Everything ends, and the memory is whole."""
+        if not hasattr(self, "machine"):
+            return
+        self.machine.run()
+        assert {*self.machine.ended, *self.cancelled} == {*self.requests}
+        assert self.machine.memory.num_free == NUM_BLOCKS
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+JOBS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=50)
+
+
+@pytest.mark.parametrize("policy", ["sjf", "hrrn", "fcfs"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@settings(max_examples=15, deadline=None)
+@given(jobs=JOBS, max_displacement=st.integers(0, 10))
+def test_the_bound_holds_whatever_is_predicted(policy, prediction, jobs, max_displacement):
+    """Request i is among the first i + B + 1 that are admitted; preempted ones count once."""
+    machine = Machine(24, 4, 3, 16, policy=policy, max_displacement=max_displacement)
+    for i, (num_prompt, num_new, num_steps) in enumerate(jobs):
+        machine.add(make_request(i, num_prompt, num_new, expected_tokens=PREDICTIONS[prediction](num_new, 20)))
+        for _ in range(num_steps):
+            machine.step()
+    machine.run()
+
+    first = list(dict.fromkeys(machine.admitted))
+    assert len(first) == len(jobs)
+    assert all(place <= int(request.request_id) + max_displacement for place, request in enumerate(first))
+
+
+def test_plain_shortest_first_starves_and_the_default_does_not():
+    """Short requests that keep coming hold a long one back for ever, or for as many admissions as are allowed."""
+    places = {}
+    for policy in ("sjf-no-aging", "sjf"):
+        machine = Machine(policy=policy, max_num_seqs=1, max_displacement=8 if policy == "sjf" else None)
+        machine.add(make_request("first", 4, 4))
+        machine.add(make_request("long", 40, 40))
+        for i in range(60):
+            machine.add(make_request(i, 4, 4))
+            for _ in range(4):
+                machine.step()
+        machine.run()
+        places[policy] = [request.request_id for request in machine.admitted].index("long")
+
+    assert places["sjf-no-aging"] > 50
+    assert places["sjf"] <= 1 + 8

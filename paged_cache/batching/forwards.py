@@ -93,7 +93,7 @@ def _why_not(way: Any, model: PreTrainedModel, pool: BlockPool, expected: torch.
 
 
 def _trial_pool(model: PreTrainedModel, pool: BlockPool) -> BlockPool:
-    num_blocks = 8 * max(len(pool.storage.layout.windows), 1)
+    num_blocks = max(8, 16 // pool.block_size) * max(len(pool.storage.layout.windows), 1)
     return BlockPool.for_model(
         model, num_blocks=num_blocks, block_size=pool.block_size, dtype=pool.dtype, prefix_caching=False
     )

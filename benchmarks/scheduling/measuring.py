@@ -18,9 +18,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     DEFAULT: {"policy": "sjf"},
     "hrrn": {"policy": "hrrn"},
     "sjf-no-aging": {"policy": "sjf-no-aging"},
-    "sjf, oracle": {"policy": "sjf", "oracle": True},
-    "sjf-no-aging, oracle": {"policy": "sjf-no-aging", "oracle": True},
+    "sjf, oracle": {"policy": "sjf", "predictions": "oracle"},
+    "sjf-no-aging, oracle": {"policy": "sjf-no-aging", "predictions": "oracle"},
+    "sjf, random": {"policy": "sjf", "predictions": "random"},
+    "sjf, reversed": {"policy": "sjf", "predictions": "reversed"},
+    "sjf-no-aging, reversed": {"policy": "sjf-no-aging", "predictions": "reversed"},
 }
+METRICS = ("mean", "p99", "per_token", "ttft", "max_wait", "throughput")
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -71,13 +75,13 @@ def serve(engine: Engine, jobs: list[Job], name: str) -> Numbers:
 
 
 def measure(
-    engine: Engine, workload: str, count: int, seed: int, loads: list[float], names: list[str]
+    engine: Engine, workload: str, count: int, seed: int, loads: dict[float, list[str]]
 ) -> list[dict[str, Any]]:
     """One line per load and candidate; all candidates of a load get the same arrivals."""
     jobs = make_jobs(workload, count, seed)
     rate = capacity(engine, jobs)
     lines = []
-    for load in loads:
+    for load, names in loads.items():
         arrivals = arrive(workload, jobs, load * rate, seed)
         for name in names:
             place = {"workload": workload, "seed": seed, "load": load, "policy": name}
@@ -92,5 +96,20 @@ def ratios(lines: list[dict[str, Any]], load: float, name: str, baseline: str, m
     found: dict[str, list[float]] = {}
     for (workload, seed, policy), value in values.items():
         if policy == name:
-            found.setdefault(workload, []).append(value / max(values[workload, seed, baseline], 1e-9))
-    return {workload: geometric_mean(max(ratio, 1e-9) for ratio in parts) for workload, parts in found.items()}
+            found.setdefault(workload, []).append(max(value, 1e-3) / max(values[workload, seed, baseline], 1e-3))
+    return {workload: geometric_mean(parts) for workload, parts in found.items()}
+
+
+def compare(lines: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """One line per load and candidate: ratios to the baseline, each the geometric mean over the workloads, and theirs."""
+    found = []
+    for load, name in dict.fromkeys((line["load"], line["policy"]) for line in lines):
+        own = [line for line in lines if (line["load"], line["policy"]) == (load, name)]
+        parts = {metric: ratios(lines, load, name, baseline, metric) for metric in METRICS}
+        found.append(
+            {"load": load, "policy": name, "baseline": baseline}
+            | {metric: geometric_mean(values.values()) for metric, values in parts.items()}
+            | {"preemptions": sum(line["preemptions"] for line in own) / len(own)}
+            | {"queue_share": sum(line["queue_share"] for line in own) / len(own), "workloads": parts}
+        )
+    return found

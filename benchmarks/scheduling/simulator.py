@@ -1,7 +1,8 @@
 """An engine in virtual time around the real scheduler: memory is numbers, a step takes what a formula says."""
 
+import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from paged_cache.batching.request import Chunk, Request
 from paged_cache.batching.scheduler import Prefix, Scheduler, StepPlan
@@ -72,7 +73,8 @@ class SimulatedMemory:
 
     def release(self, request: Request) -> None:
         """Takes all blocks."""
-        for row in request.rows:
+        rows: list[Any] = list(request.rows)
+        for row in rows:
             self.num_free += row.num_blocks
             row.num_blocks = row.num_computed = 0
 
@@ -97,32 +99,47 @@ class Outcome:
     num_preemptions: int
 
 
+def predicted(jobs: list[Job], kind: str | None) -> list[float | None]:
+    """The lengths that requests come with; see `Simulation`."""
+    lengths: list[float | None] = [float(job.output) for job in jobs]
+    if kind is None:
+        return [None] * len(jobs)
+    if kind == "random":
+        random.Random(0).shuffle(lengths)
+    if kind == "reversed":
+        least, most = (choose(job.output for job in jobs) for choose in (min, max))
+        lengths = [least * most / job.output for job in jobs]
+    return lengths
+
+
 class Simulation:
     """Serves jobs, which are in the order of their times.
 
     Args:
         engine: The machine.
         jobs: What comes.
-        oracle: Whether each request comes with its true length.
+        predictions: What each request comes with: nothing, its true length ("oracle"), that of another one ("random"), or one
+            that puts the longest first ("reversed").
         skips: Whether steps that only decode, and after which nobody could be admitted, are taken many at a time. The
             scheduler would plan them all alike.
         options: Of the scheduler.
     """
 
     def __init__(
-        self, engine: Engine, jobs: list[Job], oracle: bool = False, skips: bool = True, **options: Any
+        self, engine: Engine, jobs: list[Job], predictions: str | None = None, skips: bool = True, **options: Any
     ) -> None:
         self.engine, self._skips = engine, skips
         self.now, self.num_steps = 0.0, 0
         self._jobs = jobs
-        self._requests = [self._request(i, job, oracle) for i, job in enumerate(jobs)]
+        lengths = predicted(jobs, predictions)
+        self._requests = [self._request(i, *pair) for i, pair in enumerate(zip(jobs, lengths, strict=True))]
         self.memory = SimulatedMemory(
             engine.num_blocks,
             engine.block_size,
             {r.request_id: job.hit for r, job in zip(self._requests, jobs, strict=True)},
         )
-        limits = {"max_num_seqs": engine.slots, "max_num_batched_tokens": engine.budget}
-        self.scheduler = Scheduler(self.memory, clock=lambda: self.now, **limits, **options)
+        options |= {"max_num_seqs": engine.slots, "max_num_batched_tokens": engine.budget}
+        self.scheduler = Scheduler(self.memory, clock=lambda: self.now, **options)
         self._num_arrived = 0
         self._first: dict[str, float] = {}
         self.outcomes: dict[str, Outcome] = {}
@@ -140,16 +157,9 @@ class Simulation:
         return [self.outcomes[request.request_id] for request in self._requests]
 
     @staticmethod
-    def _request(index: int, job: Job, oracle: bool) -> Request:
-        expected = job.output if oracle else None
-        request = Request(
-            str(index),
-            range(job.prompt),
-            job.max_new,
-            tenant=job.tenant,
-            expected_tokens=expected,
-            arrival_time=job.time,
-        )
+    def _request(index: int, job: Job, expected: float | None) -> Request:
+        name, limit, options = str(index), job.max_new, {"expected_tokens": expected, "arrival_time": job.time}
+        request = Request(name, range(job.prompt), limit, tenant=job.tenant, **options)  # type: ignore[arg-type]
         request.rows = [SimulatedRow(job.prompt)]  # type: ignore[list-item]  # it counts tokens and has none
         return request
 
@@ -169,18 +179,18 @@ class Simulation:
         """Computes a plan, several times where it stays the same."""
         count = self._repeats(plan)
         num_tokens, num_kv = 0, 0
-        for _, row, num in plan.chunks:
-            num_tokens += num
-            num_kv += row.num_computed + num
+        for chunk in plan.chunks:
+            num_tokens += chunk.num_tokens
+            num_kv += chunk.row.num_computed + chunk.num_tokens
         mean_kv = num_kv + len(plan.chunks) * (count - 1) / 2
         seconds = self.engine.seconds(num_tokens, mean_kv)
         self.now += count * seconds
         self.num_steps += count
         self._arrive()
         self.scheduler.observe_step(seconds, num_tokens, round(mean_kv))
-        for request, any_row, num in plan.chunks:
-            row: Any = any_row
-            self.memory.compute(row, num * count)
+        for chunk in plan.chunks:
+            request, row = chunk.request, cast(Any, chunk.row)
+            self.memory.compute(row, chunk.num_tokens * count)
             if row.num_computed >= row.num_tokens:
                 row.num_tokens = row.num_computed + 1
                 self._emit(request, row.num_tokens - request.num_prompt_tokens)

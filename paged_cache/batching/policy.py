@@ -90,7 +90,7 @@ class ShortestJobFirst(Policy):
 
     name = "sjf"
 
-    def __init__(self, patience: float = 5.0, knee: float = 1.0) -> None:
+    def __init__(self, patience: float = 6.0, knee: float = 1.0) -> None:
         self.patience, self.knee = patience, knee
         self._window = self._time = -math.inf
 

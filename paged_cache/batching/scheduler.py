@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 from ..errors import InvalidRequestError
@@ -92,7 +93,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> Iterator[Request]:
-        """The waiting requests, by priority, in no order within one."""
+        """The waiting requests, by priority, in no order within one. Take a list of it before anything changes."""
         return iter(self._lines)
 
     @property
@@ -121,6 +122,7 @@ class Scheduler:
         outlook = self.estimates.outlook(self._clock(), self._lines.work + sum(request.work for request in requests))
         for request in requests:
             request.key = self.policy.key(request, outlook)
+            self.policy.lane(request)  # what it raises, it raises before the request is in any line
             if request.key != request.key:
                 raise InvalidRequestError(
                     f"policy {self.policy.name!r} gave request {request.request_id!r} the key NaN."
@@ -191,7 +193,7 @@ class Scheduler:
             for _, row, _ in plan.chunks:
                 room.take(row, 1)
             self._plan_prompts(plan, room, prompts)
-            if may_admit and not preempted:
+            if may_admit and not preempted and room.takes_prompts():
                 self._admit(plan, room)
         return plan, bool(prompts) and not plan.chunks
 
@@ -237,28 +239,29 @@ class Scheduler:
         """Lets waiting requests run while there are slots, tokens and blocks."""
         forecast, num_passed, now = Forecast(self.memory, self.running, self._headroom), 0, self._clock()
         self._refused_at = self.memory.num_free
-        candidates = self._lines.candidates(now)
-        for request in candidates:
-            prefix = self.memory.look(request)
-            if self._can_admit(request, prefix, forecast, room):
-                forecast.add(request, prefix)
-                self._start(request, now, plan, room)
-            else:
-                num_passed += 1
-            if num_passed >= self._backfill or self.num_running_seqs >= self.max_num_seqs or not room.takes_prompts():
-                break
-        candidates.close()  # puts those that were passed over back
+        with closing(self._lines.candidates(now)) as candidates:  # in the end, those that were passed over go back
+            for request in candidates:
+                prefix = self.memory.look(request)
+                if self._can_admit(request, prefix, forecast, room):
+                    forecast.add(request, prefix)
+                    self._start(request, now, plan, room)
+                else:
+                    num_passed += 1
+                is_full = self.num_running_seqs >= self.max_num_seqs or not room.takes_prompts()
+                if is_full or num_passed >= self._backfill:
+                    break
 
     def _can_admit(self, request: Request, prefix: Prefix, forecast: Forecast, room: Room) -> bool:
         """Whether a request finds a slot for each row, blocks for its first piece, and, by forecast, all others."""
-        if request.num_rows > self.max_num_seqs - self.num_running_seqs or not room.takes_prompts():
+        if request.num_rows > self.max_num_seqs - self.num_running_seqs:
             return False
         if prefix.is_coming:
             self._refused_at = -1
             return False
-        if forecast.blocks_at_once(request, prefix, self._whole_prompts) > room.blocks:
-            return False
-        return not self.running or forecast.fits(request, prefix)
+        if not self.running:
+            return True
+        is_room = forecast.blocks_at_once(request, prefix, self._whole_prompts) <= room.blocks
+        return is_room and forecast.fits(request, prefix)
 
     def _start(self, request: Request, now: float, plan: StepPlan, room: Room) -> None:
         """Admits a request and plans its first pieces."""

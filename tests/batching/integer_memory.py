@@ -30,7 +30,8 @@ class IntegerMemory:
         return max(0, self.blocks_for(row.num_computed + num_tokens) - row.num_blocks)
 
     def look(self, request):
-        return Prefix(self.prefixes.get(request.request_id, 0), request.request_id in self.coming)
+        num_cached = min(self.prefixes.get(request.request_id, 0), request.rows[0].num_tokens - 1)
+        return Prefix(num_cached, request.request_id in self.coming)
 
     def admit(self, request):
         for row in request.rows:

@@ -1,5 +1,6 @@
 """What a caller holds of a request that is under way."""
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -31,6 +32,7 @@ class RequestHandle:
         self._tokens: list[int] = []
         self._output: RequestOutput | None = None
         self._listeners: list[Listener] = []
+        self._ending = threading.Lock()
 
     @property
     def tokens(self) -> list[int]:
@@ -75,10 +77,13 @@ class RequestHandle:
         self._cancel(self.request_id)
 
     def add_listener(self, listener: Listener) -> None:
-        """Calls `listener` with each further token, and with None at the end; from the thread that does the work."""
-        self._listeners.append(listener)
-        if self._output is not None:
-            self._tell(None)
+        """Calls `listener` with each further token, and once with None at the end; from the thread that does the work."""
+        with self._ending:
+            is_over = self._output is not None
+            if not is_over:
+                self._listeners.append(listener)
+        if is_over:
+            self._call(listener, None)
 
     def _has_more_than(self, count: int) -> bool:
         return self._output is not None or len(self._tokens) > count
@@ -90,7 +95,8 @@ class RequestHandle:
 
     def _finish(self, output: RequestOutput) -> None:
         self._tokens += output.generated_tokens[len(self._tokens) :]
-        self._output = output
+        with self._ending:
+            self._output = output
         self._tell(None)
 
     def _tell(self, token: int | None) -> None:

@@ -19,6 +19,15 @@ SERVED_MODES = (
 )
 BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
+UNSERVED = {
+    GenerationMode.CONTRASTIVE_SEARCH: "penalty_alpha",
+    GenerationMode.ASSISTED_GENERATION: "assistant_model, prompt_lookup_num_tokens",
+    GenerationMode.DOLA_GENERATION: "dola_layers",
+    GenerationMode.GROUP_BEAM_SEARCH: "num_beam_groups",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constraints, force_words_ids",
+}
+"""Other ways of decoding, and which options ask for them."""
+
 REFUSED = {
     "assistant_model": "assisted generation is not served; call model.generate with past_key_values=PagedCache(pool)",
     "cache_implementation": "keys and values are kept in the batcher's pool",
@@ -90,7 +99,7 @@ class Preparation:
         ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self._device)
         mask = {"attention_mask": torch.ones_like(ids)} if self._accepts_mask else {}
         prepared: Prepared = self._asked.generate(
-            ids, generation_config, custom_generate=_capture, **{**mask, **options}
+            ids, generation_config=generation_config, custom_generate=_capture, **{**mask, **options}
         )
         prepared.streamer = streamer
         _require_served(prepared)
@@ -125,7 +134,10 @@ def _require_served(prepared: Prepared) -> None:
     config = prepared.config
     if prepared.mode not in SERVED_MODES:
         served = ", ".join(mode.value for mode in SERVED_MODES)
-        raise InvalidRequestError(f"the options ask for {prepared.mode.value}; the batcher serves {served}.")
+        names = UNSERVED.get(prepared.mode, "generation_config")
+        raise InvalidRequestError(
+            f"{names} cannot be honoured: that is {prepared.mode.value}, and the batcher serves {served}."
+        )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, False):
             raise InvalidRequestError(f"{name}=True cannot be honoured: a forward serves many requests at once.")
@@ -146,4 +158,4 @@ def _require_served(prepared: Prepared) -> None:
 
 
 def _says_something(value: Any) -> bool:
-    return value is not None and value is not False
+    return value is not None and value is not False and not (isinstance(value, dict) and not value)

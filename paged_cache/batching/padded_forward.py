@@ -4,8 +4,10 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import EncoderDecoderCache
 
 from ..cache import PagedCache
+from ..errors import UnsupportedModelError
 from ..layers import copy_states
 from ..pool import BlockPool
 from .request import Chunk, Row
@@ -124,7 +126,10 @@ class PaddedForward:
         inputs = self._inner.prepare_inputs_for_generation(
             torch.tensor(ids, device=device), is_first_iteration=is_first, **inputs
         )
-        logits: torch.Tensor = self.model(**inputs, return_dict=True).logits[:, -1]
+        output = self.model(**inputs, return_dict=True)
+        if _remembers_more(getattr(output, self._cache_name, cache), cache):
+            raise UnsupportedModelError("it keeps more between forwards than the cache that it is given.")
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
 
@@ -139,6 +144,13 @@ class OneByOneForward(PaddedForward):
 
 def _is(a: Any, b: Any) -> bool:
     return a is b
+
+
+def _remembers_more(returned: Any, cache: PagedCache) -> bool:
+    """Whether the model made a cache of its own around the one that it was given, and put something into it."""
+    if isinstance(returned, EncoderDecoderCache) and returned.self_attention_cache is cache:
+        return returned.cross_attention_cache.get_seq_length() > 0
+    return returned is not None and returned is not cache
 
 
 def _let_go(cache: PagedCache) -> None:

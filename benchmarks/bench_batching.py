@@ -48,8 +48,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="the first one is the reference")
     parser.add_argument("--padded-size", type=int, default=8, help="requests in a padded batch")
-    parser.add_argument("--max-num-seqs", type=int, help="of this package's batcher; its own default if not given")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="the same")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="of this package's batcher")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=1024, help="the same")
     parser.add_argument("--room", type=float, default=1.0, help="size of the pool, of what all requests need at once")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", default="cpu")
@@ -75,8 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def limits(args: argparse.Namespace) -> dict[str, Any]:
     """Of this package's batcher."""
-    given = {name: getattr(args, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: getattr(args, name) for name in ("max_num_seqs", "max_num_batched_tokens")}
 
 
 def candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:

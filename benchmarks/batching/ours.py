@@ -56,11 +56,13 @@ class Ours:
         return batcher.generate(workload.prompts, max_new_tokens=workload.num_new, do_sample=False, progress_bar=False)
 
     def _pool(self, workload: Workload) -> BlockPool:
-        """At least large enough for the longest request."""
+        """At least large enough for the longest request; its memory is there, as it is in a pool that was used before."""
         lengths = [len(prompt) + new for prompt, new in zip(workload.prompts, workload.num_new, strict=True)]
         blocks = [-(-length // self.block_size) for length in lengths]
         num_blocks = max(max(blocks) + 1, int(self.room * sum(blocks)))
-        return BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=self.block_size)
+        pool = BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=self.block_size)
+        pool.storage.fill_blocks(list(range(num_blocks)), 0.0)
+        return pool
 
 
 def _served(output: RequestOutput, start: float) -> Served:

@@ -13,9 +13,17 @@ from tqdm import tqdm
 from paged_cache import BlockPool, ContinuousBatcher
 
 MAX_OPEN = 64  # requests that are under way at a time
-MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, NUM_BLOCKS = 16, 128, 48
-CANCELLED, TIMED_OUT, TOO_LARGE, SAMPLED, COMPARED = 0.1, 0.01, 0.01, 0.2, 0.05  # shares of all requests
+MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, NUM_BLOCKS = 16, 128, 32
+CANCELLED, TIMED_OUT, TOO_LARGE, MISJUDGED, SAMPLED, COMPARED = (
+    0.1,
+    0.01,
+    0.01,
+    0.3,
+    0.2,
+    0.05,
+)  # shares of all requests
 PROMPT, NEW, SYSTEM = 80, 60, 48  # most tokens
+OURS = {"seed", "timeout", "expected_tokens"}  # options that generate does not know
 REASONS = {"length", "abort", "timeout", "rejected"}
 
 
@@ -82,6 +90,8 @@ class Customers:
             options["do_sample"] = False
         if chance() < TOO_LARGE:
             options["max_new_tokens"] = 10**6
+        if chance() < MISJUDGED:  # too many are admitted, and some lose their blocks again
+            options["expected_tokens"] = 1
         if chance() < TIMED_OUT:
             options["timeout"] = 1e-4
         after = self.random.randint(0, options["max_new_tokens"]) if chance() < CANCELLED else None
@@ -150,7 +160,7 @@ def _compare(found: Soak, model: Any, tickets: list[Ticket]) -> None:
     """What a request got is how `generate`'s answer begins, and all of it if the request was not cut short."""
     for ticket in tickets:
         output = ticket.handle.result(timeout=0)
-        options = {name: value for name, value in ticket.options.items() if name not in ("seed", "timeout")}
+        options = {name: value for name, value in ticket.options.items() if name not in OURS}
         num_new = options["max_new_tokens"] = len(output.generated_tokens)
         if num_new == 0:
             continue

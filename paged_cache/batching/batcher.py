@@ -1,5 +1,6 @@
 """`ContinuousBatcher`: many requests on one model and one pool."""
 
+import threading
 import time
 import weakref
 from collections import Counter
@@ -91,6 +92,7 @@ class ContinuousBatcher:
         self._inputs = InputProcessor(inner, tokenizer, clock)
         self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer)
         self._loop = EngineLoop(self._engine)
+        self._door = threading.Lock()
         self._is_closed = False
 
     def generate(
@@ -141,8 +143,8 @@ class ContinuousBatcher:
         with _cancelling(handles):
             for request in requests:
                 if not request.handle.done:
-                    self._loop.wait(self._has_room)
-                    self._enter(request)
+                    while not self._enter(request):
+                        self._loop.wait(self._has_room)
         return handles
 
     def submit(
@@ -185,7 +187,9 @@ class ContinuousBatcher:
         self._require_open()
         request = self._inputs.make(self._inputs.read(prompt), **own, **generate_kwargs)
         self._hold(request)
-        self._enter(request)
+        if not self._enter(request):
+            waiting = f"{self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}"
+            self._engine.reject(request, InvalidRequestError(f"the queue is full: {waiting}."))
         handle: RequestHandle = request.handle
         return handle
 
@@ -207,8 +211,8 @@ class ContinuousBatcher:
     def close(self) -> None:
         """Ends what is not over with finish reason "abort", gives all blocks back and unpatches the model."""
         if not self._is_closed:
-            self._is_closed = True
             self._loop.stop()
+            self._is_closed = True
             self._unpatch()
 
     def __enter__(self) -> "ContinuousBatcher":
@@ -241,18 +245,20 @@ class ContinuousBatcher:
             raise InvalidRequestError(f"request_id {request.request_id!r} is under way: every request needs its own.")
         request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel)
 
-    def _enter(self, request: Request) -> None:
+    def _enter(self, request: Request) -> bool:
+        """Whether there was room in the queue; what can never be served needs none and is rejected."""
         error = why_never(
             request, self._memory, self._engine.scheduler.max_num_seqs, self._engine.forward.whole_prompts
         )
-        if error is None and not self._has_room():
-            error = InvalidRequestError(
-                f"the queue is full: {self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}."
-            )
         if error is not None:
             self._engine.reject(request, error)
-        else:
-            self._loop.enter(request)
+            return True
+        with self._door:
+            if not self._has_room():
+                return False
+            self._loop.pending[request.request_id] = request  # counts from here on
+        self._loop.enter(request)
+        return True
 
     def _num_waiting(self) -> int:
         return self._engine.scheduler.num_waiting + len(self._loop.pending)

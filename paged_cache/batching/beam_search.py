@@ -55,8 +55,9 @@ class BeamSearch:
         self._cache, self._randomness = _BeamCache(), _Randomness(generator)
         self._shadow = shadow(model, __call__=self._forward, _reorder_cache=_reorder)
         self._logits: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
-        self._turns: queue.SimpleQueue[Turn | BaseException | None] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[Turn | Exception | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._is_asked = False
         self._found: list[list[int]] = []
 
     @property
@@ -83,12 +84,15 @@ class BeamSearch:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="paged-cache-beam-search", daemon=True)
             self._thread.start()
-        self._logits.put(logits)
+        if not self._is_asked:  # it is where the wait for an answer was interrupted
+            self._logits.put(logits)
+            self._is_asked = True
         try:
             turn = self._turns.get(timeout=PATIENCE)
+            self._is_asked = False
         except queue.Empty:
             raise PagedCacheError(f"the beam search took longer than {PATIENCE:.0f} s for one token.") from None
-        if isinstance(turn, BaseException):
+        if isinstance(turn, Exception):
             raise turn
         return turn
 
@@ -117,10 +121,12 @@ class BeamSearch:
             self._hand_over(None)
         except _Ended:
             pass
-        except BaseException as error:  # noqa: BLE001 (it is raised where the engine waits)
+        except Exception as error:  # noqa: BLE001 (it is raised where the engine waits)
             self._hand_over(error)
+        except BaseException as error:  # noqa: BLE001 (the loop is over, and so is its request)
+            self._hand_over(PagedCacheError(f"the beam search was left by {type(error).__name__}."))
 
-    def _hand_over(self, turn: Turn | BaseException | None) -> None:
+    def _hand_over(self, turn: Turn | Exception | None) -> None:
         """The engine goes on; the global random numbers are everybody's again."""
         self._randomness.swap()
         self._turns.put(turn)

@@ -1,7 +1,7 @@
 """Output processing of a step: logits to tokens, for all requests that are ready, in as few calls as there are kinds."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias
 
@@ -32,7 +32,9 @@ def choose(decodings: list[Decoding], logits: torch.Tensor, places: list[list[in
             choices[i] = [best[k]]
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, decoding in enumerate(decodings):
-        if not decoding.is_plain:
+        if decoding.chosen is not None:
+            choices[i] = decoding.chosen
+        elif not decoding.is_plain:
             groups[decoding.shared_key, decoding.do_sample].append(i)
     for members in groups.values():
         found = _choose_alike([decodings[i] for i in members], logits, [places[i] for i in members])
@@ -63,28 +65,29 @@ def _choose_alike(decodings: list[Decoding], logits: torch.Tensor, places: list[
     for processor in first.shared:
         scores = processor(input_ids, scores)
     pieces = scores.split([len(part) for part in parts])
-    for i, own_logits, piece in zip(ready, raw, pieces, strict=True):
-        decodings[i].keep(own_logits, piece)
     found = _sample([decodings[i] for i in ready], scores, pieces) if first.do_sample else _argmax(scores, pieces)
-    for i, choice in zip(ready, found, strict=True):
+    for i, choice, own_logits, piece in zip(ready, found, raw, pieces, strict=True):
         choices[i] = choice
+        if isinstance(choice, list):
+            decodings[i].chosen = choice
+            decodings[i].keep(own_logits, piece)
     return choices
 
 
-def _argmax(scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice]:
+def _argmax(scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Iterator[Choice]:
     tokens = iter(scores.argmax(-1).tolist())
-    return [list(islice(tokens, len(piece))) for piece in pieces]
+    return (list(islice(tokens, len(piece))) for piece in pieces)
 
 
-def _sample(decodings: list[Decoding], scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[Choice]:
-    """Each request draws from its own random numbers, in the way of `generate`."""
+def _sample(decodings: list[Decoding], scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Iterator[Choice]:
+    """Each request draws from its own random numbers, in the way of `generate`, and when it is asked for."""
     probabilities = torch.nn.functional.softmax(scores, dim=-1).split([len(piece) for piece in pieces])
-    return [_draw(decoding, part) for decoding, part in zip(decodings, probabilities, strict=True)]
+    return (_draw(decoding, part) for decoding, part in zip(decodings, probabilities, strict=True))
 
 
 def _draw(decoding: Decoding, probabilities: torch.Tensor) -> Choice:
     try:
-        return torch.multinomial(probabilities, 1, generator=decoding.generator)[:, 0].tolist()  # type: ignore[no-any-return]
+        return torch.multinomial(probabilities, 1, generator=decoding.generator)[:, 0].tolist()
     except RuntimeError as error:  # probabilities that are none: only this request made them
         return error
 

@@ -43,6 +43,7 @@ class Decoding:
         own, shared: Processors that need the request's own call, and those behind them that others may share.
         shared_key: Equal keys mean equal `shared`.
         shares_ids: Whether `shared` looks at `input_ids`.
+        chosen: The next tokens, if they were chosen in a step that was interrupted before it accepted them.
     """
 
     def __init__(self, prepared: Prepared, generator: torch.Generator | None) -> None:
@@ -68,6 +69,7 @@ class Decoding:
         self._ids: torch.Tensor | None = prepared.input_ids if needs_ids else None
         self._is_simple = self._ids is None and self.num_rows == 1
         self._length = len(self.prompt_ids)
+        self.chosen: list[int] | None = None
 
     def close(self) -> None:
         """Nothing to end."""
@@ -95,9 +97,12 @@ class Decoding:
 
     def process(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores `[num_rows, vocab_size]` behind the request's own processors."""
-        scores = logits.clone()
+        scores: Any = logits.clone()
         for processor in self.own:
             scores = processor(self.input_ids, scores)
+        if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape:
+            shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise TypeError(f"logits processors returned {shape} in place of scores of shape {tuple(logits.shape)}.")
         return scores
 
     def keep(self, logits: torch.Tensor, scores: torch.Tensor) -> None:
@@ -108,11 +113,22 @@ class Decoding:
             self.scores.append(scores.clone())
 
     def accept(self, tokens: list[int]) -> None:
-        """Appends a token to each sequence that is not complete, and looks which are complete now."""
+        """Appends a token to each sequence that is not complete, and looks which are complete now; all or nothing."""
         self._length += 1
         if self._is_simple:
             self._accept_one(tokens[0])
-            return
+        else:
+            reasons, lengths = list(self.reasons), [len(row.tokens) for row in self.rows]
+            try:
+                self._accept_all(tokens)
+            except BaseException:
+                self._length, self.reasons = self._length - 1, reasons
+                for row, length in zip(self.rows, lengths, strict=True):
+                    del row.tokens[length:]
+                raise
+        self.chosen = None
+
+    def _accept_all(self, tokens: list[int]) -> None:
         if self._ids is not None:
             self._write(tokens)
         is_last = self._length >= self.max_length

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..compat import is_out_of_memory, logger
-from ..errors import OutOfBlocksError
+from ..errors import InvalidRequestError, OutOfBlocksError
 from .forwards import Forward
 from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .processing import OutputProcessor, make_output
-from .request import Request, Status
+from .request import Chunk, Request, Status
 from .scheduler import Scheduler
 
 BLOCKED_SECONDS = 10.0
@@ -64,6 +64,9 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Lets a request wait for its turn."""
+        if request.request_id in self.requests:
+            self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
+            return
         self.requests[request.request_id] = request
         self._num_deadlines += request.deadline is not None
         try:
@@ -109,16 +112,20 @@ class Engine:
                 decoding.streamer.end()
             except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
                 reason, error = "error", raised
-        self.finished[reason] += 1
-        if error is not None:
-            logger.warning("request %s ended: %s: %s", request.request_id, type(error).__name__, error)
-        request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
+            except BaseException:
+                self._tell(request, reason, None)
+                raise
+        self._tell(request, reason, error)
 
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""
-        self.finished["rejected"] += 1
-        logger.warning("request %s is rejected: %s", request.request_id, error)
-        request.handle._finish(make_output(request, "rejected", error, self._clock(), self._tokenizer))
+        self._tell(request, "rejected", error)
+
+    def _tell(self, request: Request, reason: str, error: Exception | None) -> None:
+        self.finished[reason] += 1
+        if error is not None:
+            logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, type(error).__name__, error)
+        request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
 
     def _expire(self, now: float) -> None:
         if self._num_deadlines:
@@ -126,52 +133,64 @@ class Engine:
                 self.finish(request, "timeout")
 
     def _look_blocked(self, now: float) -> None:
-        """Nothing runs although requests wait: their blocks are held outside the batcher. They are not waited for forever."""
-        if self.scheduler.num_running or not self.scheduler.num_waiting:
+        """Nothing gets on although there are requests: their blocks are held outside the batcher, but not forever."""
+        if not self.requests:
             self._blocked_since = None
             return
         self._blocked_since = now if self._blocked_since is None else self._blocked_since
         if now - self._blocked_since >= BLOCKED_SECONDS:
             self._blocked_since = None
-            first = min(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
-            needed = self.memory.blocks_for(first.rows[0].num_tokens)
+            waiting = sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
+            first = [*self.scheduler.running, *waiting][0]
+            needed = sum(self.memory.growth(row, row.num_tokens - row.num_computed) for row in first.rows)
             self.finish(first, "error", OutOfBlocksError(needed, self.memory.num_free))
 
     def _compute(self) -> tuple[StepPlan | None, torch.Tensor]:
         """Plans and executes, again with less if memory runs out. No plan if there is nothing to compute, or all of it failed."""
-        budget = self._budget
+        least = 2**62
         while True:
             self.memory.begin_step(self.scheduler.running)
-            plan = self.scheduler.schedule(budget)
+            plan = self.scheduler.schedule(self._budget)
             self._begin(plan)
             if not plan.chunks:
                 return None, torch.empty(0)
-            self._blocked_since = None
             count = sum(chunk.num_tokens for chunk in plan.chunks)
             try:
                 logits = self._execute(plan, count)
-            except OutOfBlocksError as error:  # somebody outside the batcher took blocks since the plan was made
+            except OutOfBlocksError:  # somebody outside the batcher took blocks since the plan was made
+                self._rewind(plan)
                 victim = self.scheduler.preempt()
                 if victim is None:
-                    return self._fail(plan, error)
+                    return None, torch.empty(0)
                 victim.held.clear()
             except Exception as error:  # noqa: BLE001 (whatever the model raises, the others go on)
-                if not is_out_of_memory(error) or count <= 1:
-                    return self._fail(plan, error)
-                budget = self._budget = max(count // 2, 1)
-                self._good_steps = 0
-                logger.warning("out of memory with %d tokens in a step, trying %d", count, budget)
-                if self.memory.pool.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._rewind(plan)
+                if not is_out_of_memory(error):
+                    return self._fail(plan.chunks, error)
+                if not 1 < count < least:  # a prompt that is computed in one piece may be more than the budget
+                    return self._fail([max(plan.chunks, key=lambda chunk: chunk.num_tokens)], error)
+                least = count
+                self._use_less(count)
+            except BaseException:
+                self._rewind(plan)
+                raise
             else:
                 self._recover()
                 return plan, logits
+
+    def _use_less(self, count: int) -> None:
+        """A step of so many tokens ran out of memory."""
+        self._budget, self._good_steps = count // 2, 0
+        logger.warning("out of memory with %d tokens in a step, trying %d", count, self._budget)
+        if self.memory.pool.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _execute(self, plan: StepPlan, count: int) -> torch.Tensor:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
         start = time.perf_counter()
         logits = self.forward(plan.chunks)
         seconds = time.perf_counter() - start
+        self._blocked_since = None
         self.forward_seconds += seconds
         self.num_tokens += count
         self.peak_blocks = max(self.peak_blocks, self.memory.num_blocks - self.memory.num_free)
@@ -181,14 +200,14 @@ class Engine:
     def _begin(self, plan: StepPlan) -> None:
         for request in plan.preempted:
             request.held.clear()
-        for request in plan.admitted:
-            if not request.decoding.rows:
-                self.outputs.begin(request)
-        if plan.admitted:  # a streamer may have failed at the prompt
+        fresh = [chunk.request for chunk in plan.chunks if not chunk.request.decoding.rows]
+        for request in fresh:
+            self.outputs.begin(request)
+        if fresh:  # a streamer may have failed at the prompt
             plan.chunks = [chunk for chunk in plan.chunks if chunk.request.status is Status.RUNNING]
 
     def _rewind(self, plan: StepPlan) -> None:
-        """Rows whose logits were lost (Ctrl-C between forward and tokens) are computed again."""
+        """Rows whose logits were lost, since something stopped the step behind their forward, are computed again."""
         self.forward.settle()
         for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
             if any(row.num_computed == row.num_tokens for row in request.rows):
@@ -205,8 +224,7 @@ class Engine:
             if self._budget >= self.scheduler.max_num_batched_tokens:
                 self._budget = None
 
-    def _fail(self, plan: StepPlan, error: Exception) -> tuple[None, torch.Tensor]:
-        self.forward.settle()
-        for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
+    def _fail(self, chunks: list[Chunk], error: Exception) -> tuple[None, torch.Tensor]:
+        for request in {id(chunk.request): chunk.request for chunk in chunks}.values():
             self.finish(request, "error", error)
         return None, torch.empty(0)

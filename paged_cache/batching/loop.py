@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..compat import logger
 from ..errors import PagedCacheError
 from .engine import Engine
 from .request import Request
@@ -44,12 +45,14 @@ class EngineLoop:
         """Hands a request to the engine's next step."""
         self.pending[request.request_id] = request
         self._inbox.append(request)
+        if self._is_over and not self._is_inside():
+            self._end_all("abort")
         self._tell()
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; it is over when this returns, or when the step that calls this is."""
         self._inbox.append(request_id)
-        if self._stepper != threading.get_ident():
+        if not self._is_inside():
             with self._exclusive():
                 self._drain()
             self._tell()
@@ -60,8 +63,7 @@ class EngineLoop:
         Raises:
             PagedCacheError: Called from inside a step, by a streamer or a processor.
         """
-        if self._stepper == threading.get_ident():
-            raise PagedCacheError("a step of the batcher cannot wait for another: this was called from inside a step.")
+        self._require_outside()
         try:
             with self._exclusive():
                 self._drain()
@@ -74,14 +76,16 @@ class EngineLoop:
 
         Raises:
             TimeoutError: It did not hold within `timeout` seconds.
+            PagedCacheError: Called from inside a step, which would wait for itself.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while not is_met():
+            self._require_outside()
             left = 1.0 if end is None else end - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"not within {timeout} seconds; the request goes on.")
-            if self._thread is not None or self._stepping.locked():
-                self._wait_for_change(is_met, min(left, 1.0))
+            if self._is_served():
+                self._wait_for_change(lambda: is_met() or not self._is_served(), min(left, 1.0))
             elif not self.step():
                 time.sleep(min(left, IDLE_SECONDS))
 
@@ -92,23 +96,54 @@ class EngineLoop:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, and all requests with finish reason "abort"."""
+        """Ends the thread, and all requests with finish reason "abort".
+
+        Raises:
+            PagedCacheError: Called from inside a step.
+        """
+        self._require_outside()
         self._is_over = True
         self._tell()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join()
-        with self._exclusive():
-            self._drain()
-            for request in list(self._engine.requests.values()):
-                self._engine.finish(request, "abort")
-        self._tell()
+        self._end_all("abort")
 
     def _run(self) -> None:
         while not self._is_over:
             if not self.has_work:
                 self._wait_for_change(lambda: self.has_work or self._is_over, 1.0)
-            elif not self.step():
+            else:
+                self._step_alone()
+
+    def _step_alone(self) -> None:
+        """A step whose errors nobody else would see."""
+        try:
+            if not self.step():
                 time.sleep(IDLE_SECONDS)
+        except Exception as error:  # noqa: BLE001 (whoever waits shall hear of it)
+            logger.exception("a step failed")
+            self._end_all("error", error)
+        except BaseException:  # noqa: BLE001 (the step was taken back, the next one goes on)
+            logger.exception("a step was interrupted")
+
+    def _end_all(self, reason: str, error: Exception | None = None) -> None:
+        with self._exclusive():
+            self._drain()
+            for request in list(self._engine.requests.values()):
+                self._engine.finish(request, reason, error)
+        self._tell()
+
+    def _is_served(self) -> bool:
+        """Whether somebody steps."""
+        return self._thread is not None or self._stepping.locked()
+
+    def _is_inside(self) -> bool:
+        """Whether this was called by a streamer, a processor or a listener."""
+        return self._stepper == threading.get_ident()
+
+    def _require_outside(self) -> None:
+        if self._is_inside():
+            raise PagedCacheError("a step of the batcher cannot wait for itself: this was called from inside a step.")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ class PaddedForward:
         self._cache: PagedCache | None = None
 
     def __call__(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Computes the chunks' tokens; see `PackedForward`. Chunks that were computed before one failed stay computed."""
+        """Computes the chunks' tokens; see `PackedForward`. If one fails, `num_computed` of those before it is what it would be."""
         decoding = [chunk.row for chunk in chunks if self._goes_together(chunk)]
         logits = {id(row): x for row, x in zip(decoding, self._decode(decoding) if decoding else [], strict=True)}
         for _, row, num_tokens in chunks:
@@ -73,6 +73,8 @@ class PaddedForward:
             out = self._forward([[row.tokens[row.num_computed]] for row in rows], self._cache, pads, length + 1)
         except BaseException:
             self.settle()
+            for row in rows:  # their states may be behind this token, which nobody can take back
+                row.num_computed = row.num_tokens
             raise
         for row in rows:
             row.num_computed += 1

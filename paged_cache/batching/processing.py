@@ -12,7 +12,7 @@ from .forwards import Forward
 from .output import RequestMetrics, RequestOutput
 from .plan import StepPlan
 from .pool_memory import PoolMemory
-from .request import Request, Status
+from .request import Request
 
 Finish = Callable[[Request, str, Exception | None], None]
 
@@ -110,14 +110,16 @@ class OutputProcessor:
             self._finish(request, "error", error)
             return
         self._note(request, now, len(request.rows))
-        if is_open:
-            request.handle._push(tokens[0])
-        if decoding.streamer is not None and not self._stream(request, torch.tensor(tokens)):
-            return
-        if decoding.is_complete:
-            self._finish(request, decoding.reasons[0] or "stop", None)
-        elif len(tokens) > 1:
-            self._let_go(request)
+        try:
+            if is_open:
+                request.handle._push(tokens[0])
+            if decoding.streamer is not None:
+                self._stream(request, torch.tensor(tokens))
+        finally:  # a token that was accepted is not accepted again, not even if the streamer was interrupted
+            if decoding.is_complete:
+                self._finish(request, decoding.reasons[0] or "stop", None)
+            elif len(tokens) > 1:
+                self._let_go(request)
 
     def _let_go(self, request: Request) -> None:
         """Complete sequences need their blocks no more."""
@@ -149,14 +151,12 @@ class OutputProcessor:
         if request.first_token_time is None:
             request.first_token_time = now
 
-    def _stream(self, request: Request, ids: torch.Tensor) -> bool:
-        """Whether the request goes on."""
+    def _stream(self, request: Request, ids: torch.Tensor) -> None:
         if request.decoding.streamer is not None:
             try:
                 request.decoding.streamer.put(ids)
             except Exception as error:  # noqa: BLE001 (a user's streamer may raise anything)
                 self._finish(request, "error", error)
-        return request.status is not Status.FINISHED
 
 
 def make_output(request: Request, reason: str, error: Exception | None, now: float, tokenizer: Any) -> RequestOutput:

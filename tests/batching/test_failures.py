@@ -1,0 +1,430 @@
+"""Whatever fails ends the requests it belongs to, gives their blocks back, and leaves the others' tokens alone."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from paged_cache import OutOfBlocksError, PagedCache
+from paged_cache.batching import engine as engine_module
+from paged_cache.batching.policy import Policy
+from tests.batching.alone import alone, prompt, tiny
+from tests.batching.faults import (
+    GREEDY,
+    PROMPTS,
+    Streamer,
+    batching,
+    expected,
+    failing,
+    hold_all,
+    is_free,
+    reasons,
+    run,
+    submit_all,
+    tokens,
+)
+
+pytestmark = pytest.mark.timeout(10)
+
+SAMPLED = {"do_sample": True, "temperature": 1.3, "max_new_tokens": 6}
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """As a device raises it."""
+
+    def __init__(self):
+        super().__init__("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+class Doing(LogitsProcessor):
+    """Calls a function with its 1-based call number and the scores; what that returns replaces the scores."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        result = self.function(self.calls, scores)
+        return scores if result is None else result
+
+
+def doing(function):
+    """A list with such a processor."""
+    return LogitsProcessorList([Doing(function)])
+
+
+def raising_at(number, error=ValueError):
+    """Raises at one call."""
+
+    def function(calls, scores):
+        if calls == number:
+            raise error("at this call")
+
+    return function
+
+
+# A forward that raises
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_forward_that_raises(number, name, late):
+    """Requests of the step that failed end with the cause, others and later ones with the right tokens."""
+    error = RuntimeError("the model broke")
+    want = expected(name=name)
+    with batching(name, max_num_seqs=3, max_num_batched_tokens=24) as batcher:
+        handles = submit_all(batcher)
+        with failing(tiny(name), lambda n, _: n == number, error, late):
+            outputs = run(batcher, handles)
+        failed = [output for output in outputs if output.finish_reason == "error"]
+        assert failed
+        assert all(output.error is error for output in failed)
+        for output, right in zip(outputs, want, strict=True):
+            count = len(output.generated_tokens) if output.error else None
+            assert output.generated_tokens == right[:count]
+        assert is_free(batcher.pool)
+        assert tokens(run(batcher, submit_all(batcher))) == want
+        assert batcher.stats().finished["error"] == len(failed)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_forward_that_raises_again_and_again(name):
+    """Every k-th forward fails: the batcher comes to its end each time, with every request over and every block back."""
+    want = expected(name=name)
+    with batching(name, max_num_seqs=3, max_num_batched_tokens=24) as batcher:
+        for every in (1, 2, 3, 5):
+            with failing(tiny(name), lambda n, _, every=every: n % every == 0, RuntimeError("again")):
+                outputs = run(batcher, submit_all(batcher))
+            assert set(reasons(outputs)) <= {"error", "length"}
+            assert "error" in reasons(outputs)
+            for output, right in zip(outputs, want, strict=True):
+                assert output.generated_tokens == right[: len(output.generated_tokens)]
+                assert (output.error is None) == (output.generated_tokens == right)
+            assert is_free(batcher.pool)
+        assert tokens(run(batcher, submit_all(batcher))) == want
+
+
+def test_forward_that_raises_fails_all_rows_of_a_request():
+    """Several sequences and beams of one request fail together, and give the blocks of all rows back."""
+    options = [{"num_beams": 3}, {**SAMPLED, "num_return_sequences": 2, "seed": 3}, {}]
+    with batching() as batcher:
+        handles = [batcher.submit(PROMPTS[1], **{**GREEDY, **own}) for own in options]
+        with failing(tiny("llama"), lambda n, _: n == 4, RuntimeError("the model broke")):
+            assert reasons(run(batcher, handles)) == ["error"] * 3
+        assert is_free(batcher.pool)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_out_of_memory_is_tried_with_less(name, late):
+    """Steps of too many tokens run out of memory: all requests end with the right tokens all the same."""
+    with batching(name, max_num_seqs=4, max_num_batched_tokens=64) as batcher:
+        most = 12 if name == "llama" else 26  # prompts of the latter come in one piece
+        with failing(tiny(name), lambda _, num_tokens: num_tokens > most, OutOfMemory, late):
+            outputs = run(batcher, submit_all(batcher))
+        assert reasons(outputs) == ["length"] * len(PROMPTS)
+        assert tokens(outputs) == expected(name=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_out_of_memory_in_some_forwards(name):
+    """Any single forward may run out of memory, the one for prompts behind the one for decoding rows included."""
+    want = expected(name=name)
+    with batching(name, max_num_seqs=3, max_num_batched_tokens=24) as batcher:
+        for number in (2, 3, 4, 7):
+            with failing(tiny(name), lambda n, _, number=number: n == number, OutOfMemory):
+                assert tokens(run(batcher, submit_all(batcher))) == want
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_out_of_memory_for_good(name):
+    """Where nothing fits, not even the smallest step, requests end with the cause instead of trying forever."""
+    with batching(name) as batcher:
+        with failing(tiny(name), lambda *_: True, OutOfMemory):
+            outputs = run(batcher, submit_all(batcher))
+        assert reasons(outputs) == ["error"] * len(PROMPTS)
+        assert all(isinstance(output.error, torch.OutOfMemoryError) for output in outputs)
+        assert tokens(run(batcher, submit_all(batcher))) == expected(name=name)
+
+
+def test_budget_recovers():
+    """After enough good steps the batcher uses as many tokens per step as before it ran out of memory."""
+    sizes = []
+    with batching(max_num_batched_tokens=64) as batcher:
+        forward = batcher._engine.forward
+
+        def counted(chunks):
+            sizes.append(sum(chunk.num_tokens for chunk in chunks))
+            return forward(chunks)
+
+        batcher._engine.forward = counted
+        counted.settle, counted.name, counted.whole_prompts = forward.settle, forward.name, False
+        with failing(tiny("llama"), lambda n, _: n == 1, OutOfMemory):
+            run(batcher, submit_all(batcher, [prompt(64, 1)]))
+        assert sizes[:3] == [64, 32, 32]
+        run(batcher, submit_all(batcher, [prompt(5, 2)], max_new_tokens=2 * engine_module.RECOVERY_STEPS))
+        sizes.clear()
+        run(batcher, submit_all(batcher, [prompt(64, 3)]))
+        assert sizes[0] == 64
+
+
+def test_blocks_taken_between_plan_and_execution():
+    """Somebody outside takes blocks just before a forward: requests are preempted, and all end with the right tokens."""
+    with batching(num_blocks=40, max_num_seqs=4) as batcher:
+        forward, pool = batcher._engine.forward, batcher.pool
+        taken = []
+
+        def robbed(chunks):
+            if len(chunks) > 2 and len(taken) < 3:
+                taken.append(hold_all(pool))
+            return forward(chunks)
+
+        robbed.settle, robbed.name, robbed.whole_prompts = forward.settle, forward.name, False
+        batcher._engine.forward = robbed
+        handles = submit_all(batcher)
+        for _ in range(100):
+            batcher.step()
+            pool.check()
+            for sequence in taken:
+                pool.manager.release(sequence)
+        outputs = run(batcher, handles)
+        assert batcher.stats().num_preemptions
+        assert tokens(outputs) == expected()
+
+
+def test_cache_of_the_user_beside_the_batcher():
+    """A `PagedCache` on the same pool takes what it needs between steps; both give the right tokens."""
+    of, want = tiny("llama"), expected()
+    with batching(num_blocks=30, max_num_seqs=4) as batcher:
+        handles = submit_all(batcher)
+        batcher.step()
+        cache = PagedCache(batcher.pool)
+        ids = torch.tensor([prompt(40, 9)])
+        assert (
+            of.generate(ids, **GREEDY, past_key_values=cache)[0, 40:].tolist()
+            == alone(of, ids[0].tolist(), **GREEDY)[0]
+        )
+        assert tokens(run(batcher, handles)) == want
+        del cache
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_blocks_held_outside_forever(steps, monkeypatch):
+    """Blocks that never come back: requests end with `OutOfBlocksError` after a while, whatever they had done by then."""
+    monkeypatch.setattr(engine_module, "BLOCKED_SECONDS", 5.0)
+    now = [0.0]
+    with batching(num_blocks=20, max_num_batched_tokens=8, clock=lambda: now[0]) as batcher:
+        handles = submit_all(batcher, [prompt(26, 1), prompt(21, 2)])
+        for _ in range(steps):
+            batcher.step()
+        sequence = hold_all(batcher.pool)
+        for _ in range(200):
+            now[0] += 0.5
+            batcher.step()
+            batcher.pool.check()
+        outputs = [handle.result(timeout=0) for handle in handles]
+        failed = [output for output in outputs if output.error is not None]
+        assert len(failed) == (1 if steps == 3 else 2)  # the blocks of the first are enough for the other
+        assert all(isinstance(output.error, OutOfBlocksError) for output in failed)
+        batcher.pool.manager.release(sequence)
+        assert tokens(run(batcher, submit_all(batcher, PROMPTS[:2]))) == expected()[:2]
+
+
+def test_blocks_held_outside_for_a_while(monkeypatch):
+    """Blocks that come back in time: requests wait for them and end with the right tokens."""
+    monkeypatch.setattr(engine_module, "BLOCKED_SECONDS", 5.0)
+    now = [0.0]
+    with batching(num_blocks=20, max_num_batched_tokens=8, clock=lambda: now[0]) as batcher:
+        sequence = hold_all(batcher.pool, leave=1)
+        handles = submit_all(batcher, PROMPTS[:2])
+        for _ in range(8):
+            now[0] += 0.5
+            batcher.step()
+        batcher.pool.manager.release(sequence)
+        assert tokens(run(batcher, handles)) == expected()[:2]
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_interrupt_in_a_forward(name, late):
+    """Ctrl-C in any forward takes the step back; the next step goes on and all tokens are right."""
+    want = expected(name=name)
+    with batching(name, max_num_seqs=3, max_num_batched_tokens=24) as batcher:
+        for number in (1, 2, 3, 5, 8):
+            handles = submit_all(batcher)
+            with failing(tiny(name), lambda n, _, number=number: n == number, KeyboardInterrupt, late):
+                assert tokens(run(batcher, handles)) == want
+
+
+def mixed(own=None):
+    """Prompts and options of all kinds; number 2 has some of its own."""
+    return [
+        (PROMPTS[0], {**GREEDY}),
+        (PROMPTS[1], {**SAMPLED, "seed": 5}),
+        (PROMPTS[2], {**GREEDY, **(own or {})}),
+        (PROMPTS[3], {**SAMPLED, "seed": 7, "repetition_penalty": 1.5}),
+        (PROMPTS[4], {**SAMPLED, "seed": 8, "num_return_sequences": 2}),
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 2, 6])
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_interrupt_in_the_choice(number, is_sampled):
+    """Ctrl-C while tokens are chosen: nobody's random numbers are drawn twice, and all tokens are right."""
+    own = {**SAMPLED, "seed": 9} if is_sampled else {}
+    processor = doing(raising_at(number, KeyboardInterrupt))
+    requests = mixed(own)
+    want = [alone(tiny("llama"), ids, **options) for ids, options in requests]
+    requests[2][1]["logits_processor"] = processor
+    with batching() as batcher:
+        handles = [batcher.submit(ids, **options) for ids, options in requests]
+        assert [output.sequences for output in run(batcher, handles)] == want
+        assert processor[0].calls > 6
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(0, "llama"), (1, "llama"), (3, "qwen3_next"), (6, "llama"), ("end", "llama")]
+)
+def test_interrupt_in_a_streamer(place, name):
+    """Ctrl-C in a streamer: all tokens are right, the others' too, and each token is streamed once."""
+    requests = mixed()
+    want = [alone(tiny(name), ids, **options) for ids, options in requests]
+    streamer = Streamer(place, KeyboardInterrupt)
+    requests[2][1]["streamer"] = streamer
+    with batching(name) as batcher:
+        handles = [batcher.submit(ids, **options) for ids, options in requests]
+        outputs = run(batcher, handles)
+        assert [output.sequences for output in outputs] == want
+        assert reasons(outputs) == ["length"] * 5
+    assert streamer.calls == [[PROMPTS[2]], *([token] for token in want[2][0]), "end"]
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_interrupt_in_a_criterion(number):
+    """Ctrl-C in a stopping criterion: no token is counted twice."""
+
+    class Interrupting(StoppingCriteria):
+        calls = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.calls += 1
+            if self.calls == number:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    criterion = Interrupting()
+    requests = mixed()
+    want = [alone(tiny("llama"), ids, **options) for ids, options in requests]
+    requests[2][1]["stopping_criteria"] = StoppingCriteriaList([criterion])
+    with batching() as batcher:
+        handles = [batcher.submit(ids, **options) for ids, options in requests]
+        assert [output.sequences for output in run(batcher, handles)] == want
+    assert criterion.calls > number
+
+
+# Users' own code
+
+
+def broken_options():
+    """What a caller may bring along that fails, by kind, and how many tokens come before it does."""
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == len(PROMPTS[2]) + 3:
+                raise ValueError("the criterion")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def allowed(batch_id, input_ids):
+        if len(input_ids) == len(PROMPTS[2]) + 3:
+            raise ValueError("the function")
+        return list(range(128))
+
+    def nan(calls, scores):
+        return scores * float("nan") if calls == 3 else scores
+
+    return {
+        "processor": {"logits_processor": doing(raising_at(3))},
+        "first call of a processor": {"logits_processor": doing(raising_at(1))},
+        "streamer at the prompt": {"streamer": Streamer(0)},
+        "streamer at a token": {"streamer": Streamer(3)},
+        "streamer at the last token": {"streamer": Streamer(6)},
+        "streamer at the end": {"streamer": Streamer("end")},
+        "criterion": {"stopping_criteria": StoppingCriteriaList([Never()])},
+        "allowed tokens": {"prefix_allowed_tokens_fn": allowed},
+        "no allowed tokens": {"prefix_allowed_tokens_fn": lambda batch_id, input_ids: []},
+        "processor that returns nothing": {"logits_processor": LogitsProcessorList([lambda ids, scores: None])},
+        "processor that returns another shape": {"logits_processor": doing(lambda _, scores: scores[:, :5])},
+        "processor that returns one row": {"logits_processor": doing(lambda _, scores: scores[0])},
+        "processor that returns a list": {"logits_processor": doing(lambda _, scores: scores.tolist())},
+        "not a number while sampling": {**SAMPLED, "seed": 1, "logits_processor": doing(nan)},
+        "processor while sampling": {**SAMPLED, "seed": 1, "logits_processor": doing(raising_at(3))},
+        "processor of beams": {"num_beams": 2, "logits_processor": doing(raising_at(3))},
+        "first call of a processor of beams": {"num_beams": 2, "logits_processor": doing(raising_at(1))},
+        "processor of several": {**SAMPLED, "num_return_sequences": 3, "logits_processor": doing(raising_at(2))},
+        "processor of beams leaves": {"num_beams": 2, "logits_processor": doing(raising_at(2, SystemExit))},
+    }
+
+
+@pytest.mark.parametrize("kind", broken_options())
+def test_users_code_that_raises(kind):
+    """It ends its own request, with the cause, and no other request's tokens change."""
+    requests = [(ids, {**options}) for ids, options in mixed()]
+    want = [alone(tiny("llama"), ids, **options) for ids, options in requests]
+    requests[2][1].update(broken_options()[kind])
+    with batching() as batcher:
+        handles = [batcher.submit(ids, **options) for ids, options in requests]
+        outputs = run(batcher, handles)
+        assert reasons(outputs) == ["length", "length", "error", "length", "length"]
+        assert isinstance(outputs[2].error, Exception)
+        assert [output.sequences for i, output in enumerate(outputs) if i != 2] == want[:2] + want[3:]
+        if kind in ("streamer at a token", "criterion", "allowed tokens", "processor"):
+            assert outputs[2].generated_tokens[:2] == want[2][0][:2]
+            assert len(outputs[2].generated_tokens) in (2, 3)
+        if kind == "streamer at the end":
+            assert outputs[2].generated_tokens == want[2][0]
+        assert is_free(batcher.pool)
+
+
+class Unordered(Policy):
+    """Raises in one of its methods, for requests of five tokens."""
+
+    name = "unordered"
+
+    def __init__(self, method):
+        self._method = method
+
+    def _do(self, method):
+        if method == self._method:
+            raise ValueError(method)
+
+    def key(self, request, outlook):
+        if request.num_prompt_tokens == len(PROMPTS[0]):
+            self._do("key")
+            return float("nan") if self._method == "nan" else 0.0
+        return 0.0
+
+    def lane(self, request):
+        if request.num_prompt_tokens == len(PROMPTS[0]):
+            self._do("lane")
+        return 0.0
+
+    def rank(self, key, lane, now):
+        self._do("rank")
+        return key
+
+
+@pytest.mark.parametrize("method", ["key", "nan", "lane"])
+def test_policy_that_raises(method):
+    """A request that a user's policy cannot place ends with the cause; the others are served."""
+    with batching(policy=Unordered(method)) as batcher:
+        outputs = run(batcher, submit_all(batcher))
+        assert reasons(outputs) == ["error"] + ["length"] * 4
+        assert isinstance(outputs[0].error, ValueError)
+        assert tokens(outputs)[1:] == expected()[1:]
+        assert batcher.stats().num_waiting == batcher.stats().num_running == 0

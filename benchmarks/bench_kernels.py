@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--only", nargs="+", metavar="SECTION", help="decode, prefill, chunk, mixed, scattered, ragged, …"
+        "--only", nargs="+", metavar="SECTION", help="decode, prefill, chunk, mixed, step, scattered, ragged, …"
     )
     parser.add_argument("--filter", default="", metavar="REGEX", help="of the names of lines")
     parser.add_argument("--quick", action="store_true", help="few lines, short: does it run, are the results right")

@@ -136,12 +136,28 @@ def _window(result: Result, lines: Lines, _: Ceilings) -> float | None:
     return result.times[PAGED].median / short.times[PAGED].median if short else None
 
 
+def _over_parts(result: Result, lines: Lines, _: Ceilings) -> float | None:
+    """Time of a call with a prompt and decoding rows over that of two calls."""
+    shape = result.shape
+    if shape.section != "step" or shape.first is None:
+        return None
+    context, q_len = shape.first
+    parts = (
+        replace(shape, batch=shape.batch - 1, first=None),
+        replace(shape, batch=1, context=context, q_len=q_len, first=None),
+    )
+    times = [lines[part].times[PAGED].median for part in parts if part in lines]
+    return result.times[PAGED].median / sum(times) if len(times) == len(parts) else None
+
+
 K = 1024
 GOALS = {
     "cpu": [
         Goal("decode, speed over SDPA on dense K/V, at least 0.9", _peer("sdpa", "decode"), 0.9),
         Goal("decode 8 x 8192, speed over DynamicCache, at least 3", _peer("dynamic", "decode", (8, 8 * K)), 3),
         Goal("decode from 64 MiB on, share of the bandwidth of a plain read, at least 0.7", _peer(READ, "decode"), 0.7),
+        Goal("step, speed over SDPA on dense K/V, at least 0.9", _peer("sdpa", "step"), 0.9),
+        Goal("step, time over that of its parts, at most 1.1", _over_parts, 1.1, at_least=False),
     ],
     "cuda": [
         Goal("decode bf16 from 1 GiB on, share of the copy bandwidth", _share_of_copy(GIB, 2**60), 0.85, 0.92),

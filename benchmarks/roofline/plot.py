@@ -11,7 +11,7 @@ from .machines import Ceilings
 from .measuring import Result
 
 COLOURS = {"float32": "#1f77b4", "bfloat16": "#d95f02", "int8": "#2ca02c", "float8_e4m3fn": "#9467bd"}
-MARKERS = {"decode": "o", "prefill": "s", "chunk": "D", "mixed": "^"}  # all else is some kind of decode
+MARKERS = {"decode": "o", "prefill": "s", "chunk": "D", "mixed": "^", "step": "v"}  # all else is some kind of decode
 GREY = "#555555"
 FEWEST_SIZES = 3  # of a model's heads, for a panel of their own
 Heads = tuple[int, int, int]

@@ -123,7 +123,8 @@ def named(dtype: str) -> torch.dtype:
 def cpu_shapes(quick: bool) -> list[Shape]:
     """Decode, prefill, chunks of a prompt over what is cached, and a packed batch of one chunk and decoding rows.
 
-    At the end the decode lines that come from memory once more, with blocks in random order: the worst case.
+    Then the steps of a batcher. At the end the decode lines that come from memory once more, with blocks in random order:
+    the worst case.
     """
     models = [Shape("", 1, 1, heads=h, kv_heads=k, dim=d) for h, k, d in ((8, 4, 64), (32, 8, 128), (8, 8, 64))]
     batches, contexts = [1, 8, 32], [128, 512, 2048, 8192]
@@ -143,7 +144,21 @@ def cpu_shapes(quick: bool) -> list[Shape]:
         shapes += [replace(model, section="prefill", context=n, q_len=n) for n in prompts]
         shapes += [replace(model, section="chunk", context=n, q_len=q_len) for q_len, n in chunks]
         shapes.append(replace(model, section="mixed", batch=8, context=512, first=(512, 128)))
+    shapes += step_shapes(models[0]) + ([] if quick else step_shapes(replace(models[0], heads=6, kv_heads=2, dim=32)))
     return shapes + [replace(shape, section="scattered", extent=1) for shape in large]
+
+
+def step_shapes(model: Shape) -> list[Shape]:
+    """Decoding rows, prompts and a chunk behind a prefix, as a batcher brings them, and decoding rows with one of these."""
+    model = replace(model, section="step", dtype="float32")
+    decode = replace(model, batch=32, context=200)
+    prompts = [(256, 256), (512, 512), (512, 256)]
+    return [
+        decode,
+        replace(model, batch=4, context=128, q_len=128),
+        *(replace(model, context=context, q_len=q_len) for context, q_len in prompts),
+        *(replace(decode, batch=33, first=prompt) for prompt in prompts),
+    ]
 
 
 def cuda_shapes(quick: bool) -> list[Shape]:

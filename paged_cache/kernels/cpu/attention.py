@@ -68,7 +68,8 @@ def paged_attention(
     # Each tensor that is made here has to live until the kernel has run.
     sinks, alibi_slopes, position_bias = _float32(sinks), _float32(alibi_slopes), _float32(position_bias)
     if launch is None or not launch.is_ours:
-        options = {"window": window, "chunk": chunk, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+        options: dict[str, Any] = {"window": window, "chunk": chunk, "softcap": softcap}
+        options |= {"sinks": sinks, "alibi_slopes": alibi_slopes}
         options |= {"position_bias": position_bias, "key_scales": key_scales, "value_scales": value_scales}
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_q_len": max_q_len, "kv_starts": kv_starts}
         check_shapes(query, key_cache, value_cache, block_table, seq_lens, **options)
@@ -111,8 +112,8 @@ def _prepare(
     **_: Any,
 ) -> Launch:
     """Plans and packs calls whose arguments are known to be right."""
-    _, num_heads, num_tokens, dim = query.shape
-    _, block_size, num_kv_heads, v_dim = value_cache.shape
+    num_heads, num_tokens, dim = query.shape[1:]
+    block_size, num_kv_heads, v_dim = value_cache.shape[1:]
     batch, width = block_table.shape
     kept = block_table, seq_lens, cu_seqlens_q, kv_starts = tuple(
         map(_int32, (block_table, seq_lens, cu_seqlens_q, kv_starts))

@@ -54,7 +54,8 @@ def write(call: Any, unit: Unit, head: int, rows: int, scratch: Scratch) -> None
 @jit
 def _partial(call: Any, item: int, r: int) -> int:
     """Index of the partial result of row `r` of an item."""
-    return (item * call.rows + r) * (((call.v_dim + 15) & -16) + MORE)
+    index: int = (item * call.rows + r) * (((call.v_dim + 15) & -16) + MORE)
+    return index
 
 
 @jit

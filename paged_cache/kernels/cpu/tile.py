@@ -99,7 +99,22 @@ def _add_two(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
             b0, b1, b2, b3 = fma(b, y0, b0), fma(b, y1, b1), fma(b, y2, b2), fma(b, y3, b3)
         store(sums, 0, a0), store(sums, 16, a1), store(sums, 32, a2), store(sums, 48, a3)
         store(sums_2, 0, b0), store(sums_2, 16, b1), store(sums_2, 32, b2), store(sums_2, 48, b3)
-    for x in range(call.v_dim & -64, call.v_dim, 16):
+    for x in range(call.v_dim & -64, call.v_dim & -32, 32):
+        offset = pair.value + x * call.element
+        sums, sums_2 = pair.sums + 4 * x, pair.sums_2 + 4 * x
+        a0, a1, b0, b1 = load(sums, 0, F32), load(sums, 16, F32), load(sums_2, 0, F32), load(sums_2, 16, F32)
+        for i in range(t, end):
+            stream = fetch(stream, min(pace, 2))
+            v = peek(places, i, I64) + offset
+            a, b, y0, y1 = (
+                splat(peek(weights, i, F32)),
+                splat(peek(others, i, F32)),
+                load(v, 0, kind),
+                load(v, 16, kind),
+            )
+            a0, a1, b0, b1 = fma(a, y0, a0), fma(a, y1, a1), fma(b, y0, b0), fma(b, y1, b1)
+        store(sums, 0, a0), store(sums, 16, a1), store(sums_2, 0, b0), store(sums_2, 16, b1)
+    for x in range(call.v_dim & -32, call.v_dim, 16):
         a0, b0 = load(pair.sums, x, F32), load(pair.sums_2, x, F32)
         for i in range(t, end):
             stream = fetch(stream, min(pace, 1))
@@ -124,7 +139,17 @@ def _add_one(call: Any, stream: Stream, places: int, t: int, end: int, pair: Any
             a0, a1 = fma(a, load(v, 0, kind), a0), fma(a, load(v, 16, kind), a1)
             a2, a3 = fma(a, load(v, 32, kind), a2), fma(a, load(v, 48, kind), a3)
         store(sums, 0, a0), store(sums, 16, a1), store(sums, 32, a2), store(sums, 48, a3)
-    for x in range(call.v_dim & -64, call.v_dim, 16):
+    for x in range(call.v_dim & -64, call.v_dim & -32, 32):
+        offset = pair.value + x * call.element
+        sums = pair.sums + 4 * x
+        a0, a1 = load(sums, 0, F32), load(sums, 16, F32)
+        for i in range(t, end):
+            stream = fetch(stream, min(pace, 2))
+            v = peek(places, i, I64) + offset
+            a = splat(peek(weights, i, F32))
+            a0, a1 = fma(a, load(v, 0, kind), a0), fma(a, load(v, 16, kind), a1)
+        store(sums, 0, a0), store(sums, 16, a1)
+    for x in range(call.v_dim & -32, call.v_dim, 16):
         a0 = load(pair.sums, x, F32)
         for i in range(t, end):
             stream = fetch(stream, min(pace, 1))

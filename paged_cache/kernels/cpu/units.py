@@ -66,8 +66,8 @@ def queries_of(call: Any, row: int) -> tuple[int, int, int]:
     """Of a row: (queries, index of the first one in the output, element index of the first one)."""
     if call.first_queries == 0:
         return call.q_len, row * call.q_len, row * call.q_batch
-    first = np.int64(peek(call.first_queries, row, I32))
-    return np.int64(peek(call.first_queries, row + 1, I32)) - first, first, first * call.q_token
+    first, end = int(peek(call.first_queries, row, I32)), int(peek(call.first_queries, row + 1, I32))
+    return end - first, first, first * call.q_token
 
 
 @jit
@@ -75,7 +75,7 @@ def first_visible(call: Any, row: int, position: int) -> int:
     """First key that the query at `position` of a row sees; the last one is at `position` itself."""
     first = 0
     if call.starts != 0:
-        first = max(first, np.int64(peek(call.starts, row, I32)))
+        first = max(first, int(peek(call.starts, row, I32)))
     if call.window > 0:
         first = max(first, position - call.window + 1)
     if call.chunk > 0:

@@ -114,7 +114,7 @@ def _move(typingctx: Any, target: Any, source: Any, num_bytes: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = context.get_value_type(types.voidptr)
         to, from_ = (builder.inttoptr(address, pointer) for address in args[:2])
-        cgutils.raw_memcpy(builder, to, from_, args[2], 1)
+        cgutils.raw_memcpy(builder, to, from_, args[2], 1)  # type: ignore[no-untyped-call]
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen

@@ -28,9 +28,10 @@ def peak(courses: list[Course], num_used: float) -> float:
     """Most blocks held at a time: usage can only be highest just before one of them ends."""
     highest, rate, freed = num_used, sum(course.rate for course in courses), 0.0
     for course in sorted(courses):
-        highest = max(highest, num_used + rate * course.num_steps - freed)
-        rate -= course.rate
-        freed += course.held
+        num_steps, own_rate, held = course
+        highest = max(highest, num_used + rate * num_steps - freed)
+        rate -= own_rate
+        freed += held
     return highest
 
 
@@ -45,12 +46,15 @@ class Forecast:
 
     def __init__(self, memory: Memory, running: list[Request], headroom: float) -> None:
         self._memory, self._limit = memory, memory.num_blocks * (1 - headroom)
-        counts = [(self._sizes(request), request) for request in running]
+        sizes = [self._sizes(request) for request in running]
         num_held = memory.num_blocks - memory.num_free
         # rows that begin alike hold blocks together: what one of them gives back is less than its table
-        own = min(1.0, num_held / max(1, sum(computed for (computed, _, _), _ in counts)))
-        self._courses = [self._course(request, own * known, length) for (_, known, length), request in counts]
-        self._num_used = num_held + sum(known - computed for (computed, known, _), _ in counts)
+        own = min(1.0, num_held / max(1, sum(computed for computed, _, _ in sizes)))
+        self._courses = [
+            self._course(request, known, own * known, length)
+            for request, (_, known, length) in zip(running, sizes, strict=True)
+        ]
+        self._num_used = num_held + sum(known - computed for computed, known, _ in sizes)
 
     def fits(self, request: Request, prefix: Prefix) -> bool:
         """Whether a waiting request and all that run will find the blocks they need."""
@@ -75,11 +79,15 @@ class Forecast:
         """Blocks until all its tokens are computed, and its course from then on."""
         cached, known, length = self._sizes(request, prefix.num_cached)
         needed = known - cached + (cached if prefix.idle_blocks is None else prefix.idle_blocks)
-        return needed, self._course(request, needed, length)
+        return needed, self._course(request, known, needed, length)
 
     def _sizes(self, request: Request, num_cached: int | None = None) -> tuple[int, int, int]:
         """Blocks of the tokens that are computed, those of all tokens known, and the length of the longest row."""
         blocks_for, rows = self._memory.blocks_for, request.rows
+        if num_cached is None and request.num_rows == 1:  # nearly always
+            length, num_computed = rows[0].num_tokens, rows[0].num_computed
+            known = blocks_for(length)
+            return (known if length - num_computed <= 1 else blocks_for(num_computed)), known, length
         if not rows:
             length = request.num_prompt_tokens
             return blocks_for(num_cached or 0), blocks_for(length) + self._unborn(request, 0), length
@@ -96,8 +104,8 @@ class Forecast:
         """Blocks of its own that each row yet to be forked needs at once."""
         return (request.num_rows - max(num_rows, 1)) * self._memory.blocks_for(1)
 
-    def _course(self, request: Request, held: float, length: int) -> Course:
+    def _course(self, request: Request, known: int, held: float, length: int) -> Course:
         num_steps = num_remaining(request, length - request.num_prompt_tokens)
-        blocks_for = self._memory.blocks_for
-        growth = request.num_rows * (blocks_for(int(length + num_steps)) - blocks_for(length))
-        return Course(num_steps, growth / num_steps, held)
+        blocks_for, num_rows = self._memory.blocks_for, request.num_rows
+        now = known if num_rows == 1 else num_rows * blocks_for(length)
+        return Course(num_steps, (num_rows * blocks_for(int(length + num_steps)) - now) / num_steps, held)

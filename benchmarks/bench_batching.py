@@ -16,6 +16,7 @@ random requests in a pool that is too small, with cancellations. The package `ba
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -151,6 +152,7 @@ def take_apart(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> N
 
 def endure(args: argparse.Namespace, model: Any, found: dict[str, Any]) -> None:
     """Exits with the problems, if there are any."""
+    logging.getLogger("paged_cache").setLevel(logging.ERROR)  # it warns of each request that is rejected
     result = soak.soak(model, args.soak, args.seed)
     print(soak.describe(result))
     write(args.output, found | dataclasses.asdict(result))

@@ -64,7 +64,7 @@ class Soak:
     num_preemptions: int = 0
     num_compared: int = 0
     grown_bytes: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -138,15 +138,17 @@ def _cancel(under_way: list[Ticket]) -> None:
 
 def _judge(found: Soak, pool: BlockPool, done: list[Ticket]) -> None:
     """Ends of requests, and the pool."""
+    reasons: Counter[str] = Counter()
     for ticket in done:
         output = ticket.handle.result(timeout=0)
-        found.reasons[output.finish_reason] += 1
+        reasons[output.finish_reason] += 1
         found.num_tokens += len(output.generated_tokens)
         if ticket.num_ends != 1:
             found.problems.append(f"{ticket.handle} came to {ticket.num_ends} ends")
         if output.finish_reason == "length" and len(output.generated_tokens) != ticket.options["max_new_tokens"]:
             found.problems.append(f"{ticket.handle} has {len(output.generated_tokens)} tokens")
-    if unexpected := set(found.reasons) - REASONS:
+    found.reasons = dict(reasons.most_common())
+    if unexpected := set(reasons) - REASONS:
         found.problems.append(f"finish reasons {unexpected}")
     if not found.num_preemptions:
         found.problems.append("nobody was preempted: the pool is too large for this")
@@ -174,9 +176,9 @@ def _compare(found: Soak, model: Any, tickets: list[Ticket]) -> None:
 
 def describe(found: Soak) -> str:
     """For people."""
-    ends = ", ".join(f"{count} {reason}" for reason, count in found.reasons.most_common())
+    ends = ", ".join(f"{count} {reason}" for reason, count in found.reasons.items())
     return (
-        f"{found.reasons.total()} requests in {found.seconds:.1f} s, {found.num_steps} steps, {found.num_tokens} tokens: {ends};"
+        f"{sum(found.reasons.values())} requests in {found.seconds:.1f} s, {found.num_steps} steps, {found.num_tokens} tokens: {ends};"
         f" {found.num_preemptions} preemptions; {found.num_compared} compared with generate;"
         f" the process grew by {found.grown_bytes / 2**20:.1f} MiB"
     )

@@ -3,36 +3,17 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from functools import wraps
-from typing import Any, TypeVar, cast
 
-from ..errors import OutOfBlocksError, PagedCacheError
+from ..errors import OutOfBlocksError
 from .allocator import BlockAllocator, ManagerCounters
+from .appending import append_in_place, has_room
+from .exclusive import exclusive
 from .growth import Growth, GrowthPlanner
 from .prefix import PrefixIndex, PrefixNode
 from .registry import Registry
 from .sequence import HOLE, Sequence
 from .taking import BlockTaker, End, Writes
 from .windows import Windows
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _exclusive(method: Method) -> Method:
-    """One thread at a time; what an interrupted method (Ctrl-C, a failed copy) left half-done is put right."""
-
-    @wraps(method)
-    def run(self: "BlockManager", *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            try:
-                return method(self, *args, **kwargs)
-            except PagedCacheError:  # raised before anything was changed
-                raise
-            except BaseException:
-                self._repair()
-                raise
-
-    return cast(Method, run)
 
 
 class BlockManager:
@@ -70,26 +51,26 @@ class BlockManager:
         self.on_free: Callable[[list[int]], None] = lambda blocks: None
 
     @property
-    @_exclusive
+    @exclusive
     def num_free(self) -> int:
         """Blocks that can be allocated now, cached ones included."""
         self._drain()
         return self.allocator.num_free
 
     @property
-    @_exclusive
+    @exclusive
     def num_cached(self) -> int:
         """Blocks without a reference that still hold a reusable prefix."""
         self._drain()
         return self.allocator.num_cached
 
-    @_exclusive
+    @exclusive
     def new_sequence(self, root_key: Hashable | None = None) -> Sequence:
         """An empty sequence. With a `root_key` (all that K and V depend on besides tokens) it takes part in sharing."""
         root = self.index.root(root_key) if root_key is not None and self.prefix_caching else None
         return self._adopt(Sequence(len(self.windows), root))
 
-    @_exclusive
+    @exclusive
     def match(self, sequence: Sequence, tokens: list[int], limit: int) -> int:
         """How many of the first `limit` tokens an empty sequence can take from the pool."""
         if sequence.node is None:
@@ -97,7 +78,7 @@ class BlockManager:
         nodes = self.index.match(sequence.node, tokens[: self._num_blocks(limit) * self.block_size], self.block_size)
         return self._visibility.usable(nodes, limit)
 
-    @_exclusive
+    @exclusive
     def take_prefix(self, sequence: Sequence, tokens: list[int], num_tokens: int) -> None:
         """Gives an empty sequence the blocks of its first `num_tokens` tokens, as found by `match`."""
         if sequence.node is None or not num_tokens:
@@ -114,7 +95,7 @@ class BlockManager:
         sequence.touch()
         sequence.num_tokens = num_tokens
 
-    @_exclusive
+    @exclusive
     def extend(self, growths: list[Growth]) -> Writes:
         """Makes room for new tokens, all or nothing.
 
@@ -139,42 +120,26 @@ class BlockManager:
             raise
         return writes
 
-    @_exclusive
+    @exclusive
     def append(self, sequences: list[Sequence], tokens: list[int]) -> list[list[int]]:
-        """`extend` by one known token each, quick where a block has room: `slots[group][i]` of sequence `i`.
-
-        Raises:
-            OutOfBlocksError: Too few blocks; nothing was changed.
-        """
-        size, has_room = self.block_size, self.allocator.is_private
-        slow = [
-            i
-            for i, sequence in enumerate(sequences)
-            if sequence.num_tokens % size == 0 or not all(has_room(table[-1]) for table in sequence.tables)
-        ]
-        writes = self.extend([Growth(sequences[i], 1, [tokens[i]]) for i in slow]) if slow else Writes()
-        done = dict(zip(slow, range(len(slow)), strict=True))
+        """`extend` by one known token each, quick where a block has room: `slots[group][i]` of sequence `i`."""
+        slow = [i for i, sequence in enumerate(sequences) if not has_room(sequence, self.allocator, self.block_size)]
+        rows = self.extend([Growth(sequences[i], 1, [tokens[i]]) for i in slow]).slots if slow else []
+        placed = {i: [row[k][0] for row in rows] for k, i in enumerate(slow)}
         slots: list[list[int]] = [[] for _ in self.windows]
-        for i, sequence in enumerate(sequences):
-            if i in done:
-                for group, row in enumerate(slots):
-                    row += writes.slots[group][done[i]]
-                continue
-            offset = sequence.num_tokens % size
-            for row, table in zip(slots, sequence.tables, strict=True):
-                row.append(table[-1] * size + offset)
-            if sequence.node is not None:
-                sequence.fresh = [tokens[i]]
-            sequence.num_tokens += 1
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            own = placed[i] if i in placed else append_in_place(sequence, token, self.block_size)
+            for group, slot in zip(slots, own, strict=True):
+                group.append(slot)
         return slots
 
-    @_exclusive
+    @exclusive
     def commit_all(self, sequences: list[Sequence]) -> None:
         """`commit` of many."""
         for sequence in sequences:
             self._commit(sequence)
 
-    @_exclusive
+    @exclusive
     def commit(self, sequence: Sequence, keep_past: bool = False) -> None:
         """The tokens of the open step are computed.
 
@@ -184,11 +149,10 @@ class BlockManager:
 
     def can_truncate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Whether all blocks are still there that the token behind the first `num_tokens` sees."""
-        keep = self._num_blocks(num_tokens)
-        firsts = self._visibility.first_visible(num_tokens)
+        keep, firsts = self._num_blocks(num_tokens), self._visibility.first_visible(num_tokens)
         return all(HOLE not in table[first:keep] for table, first in zip(sequence.tables, firsts, strict=True))
 
-    @_exclusive
+    @exclusive
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Cuts a sequence to its first `num_tokens` tokens; also takes an open step back."""
         sequence.num_tokens = num_tokens
@@ -201,13 +165,13 @@ class BlockManager:
         sequence.fresh = []
         self._release(sequence.cut(self._num_blocks(num_tokens)))
 
-    @_exclusive
+    @exclusive
     def fork(self, sequence: Sequence) -> Sequence:
         """Another sequence on the same blocks."""
         self.allocator.acquire(sequence.blocks())
         return self._adopt(sequence.copy())
 
-    @_exclusive
+    @exclusive
     def select(self, sequences: list[Sequence], indices: list[int]) -> list[Sequence]:
         """Row `i` of the result is sequence `indices[i]`: moved, forked where it is named twice, released where never."""
         moved: set[int] = set()
@@ -220,14 +184,13 @@ class BlockManager:
         self._drain()
         return rows
 
-    @_exclusive
+    @exclusive
     def release(self, sequence: Sequence) -> None:
         """Gives all blocks of a sequence back. Releasing twice does nothing."""
         if not self._registry.remove(sequence):
             return
         blocks = sequence.blocks()
-        sequence.tables = [[] for _ in self.windows]
-        sequence.num_tokens = 0
+        sequence.tables, sequence.num_tokens = [[] for _ in self.windows], 0
         sequence.forget_tokens()
         self._release(blocks)
 
@@ -235,7 +198,7 @@ class BlockManager:
         """Like `release`, but later: safe in finalizers, which may run at any point of any thread."""
         self._abandoned.extend(sequences)
 
-    @_exclusive
+    @exclusive
     def clear_prefix_cache(self) -> None:
         """Forgets all prefixes; sequences in use keep their blocks but no longer share new ones."""
         self._drain()
@@ -244,7 +207,7 @@ class BlockManager:
         for sequence in self._registry.live():
             sequence.forget_tokens()
 
-    @_exclusive
+    @exclusive
     def check(self) -> None:
         """Raises `PagedCacheError` if any invariant of the bookkeeping is broken."""
         self._drain()

@@ -91,6 +91,14 @@ class FakeStorage:
             row.append(ids)
         return Slots(rows, starts, writes)
 
+    def append(self, rows: list[Row], tokens: list[list[int]]) -> Slots:
+        """Makes room for one token each, as a decoding step does."""
+        slots = self.manager.append([row.sequence for row in rows], [token for (token,) in tokens])
+        starts = [len(row.tokens) for row in rows]
+        for row, ids in zip(rows, tokens, strict=True):
+            row.append(ids)
+        return Slots(rows, starts, Writes(slots=[[[slot] for slot in group] for group in slots]))
+
     def write(self, step: Slots) -> None:
         """Fills the slots of a step, as its layers do."""
         size, seen = self.manager.block_size, set()
@@ -107,8 +115,11 @@ class FakeStorage:
 
     def commit(self, step: Slots, keep_past: bool = False) -> None:
         """The forward returned."""
+        if not keep_past:
+            self.manager.commit_all([row.sequence for row in step.rows])
         for row in step.rows:
-            self.manager.commit(row.sequence, keep_past)
+            if keep_past:
+                self.manager.commit(row.sequence, keep_past)
             row.floor = row.floor if keep_past else len(row.tokens)
 
     def abort(self, step: Slots) -> None:

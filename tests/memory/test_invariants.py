@@ -116,6 +116,14 @@ class Pool(RuleBasedStateMachine):
         for tokens in [1] * count if one_by_one else [count]:
             self._forward(rows, [(tokens, None)] * len(rows))
 
+    @precondition(has_closed)
+    @rule(numbers=rows_of_step, wrong=wrong_tokens, count=counts)
+    def decode(self, numbers: list[int], wrong: int | None, count: int) -> None:
+        """A few tokens, one by one; the first may differ from what is expected."""
+        rows = pick(self.closed, numbers)
+        for i in range(count):
+            self._forward(rows, [(1, None if i else wrong)] * len(rows), is_quick=True)
+
     @precondition(lambda self: self.steps)
     @rule(number=picks, keep_past=st.booleans())
     def finish(self, number: int, keep_past: bool) -> None:
@@ -222,17 +230,21 @@ class Pool(RuleBasedStateMachine):
             self._make_private(row, 0)
         return row
 
-    def _forward(self, rows: list[Row], growths: Growths, known: bool = True, keep_past: bool = False) -> None:
-        step = self._extend(rows, growths, known)
+    def _forward(
+        self, rows: list[Row], growths: Growths, known: bool = True, keep_past: bool = False, is_quick: bool = False
+    ) -> None:
+        step = self._extend(rows, growths, known, is_quick)
         if step is not None:
             self.storage.write(step)
             self.storage.commit(step, keep_past)
 
-    def _extend(self, rows: list[Row], growths: Growths, known: bool) -> Slots | None:
+    def _extend(self, rows: list[Row], growths: Growths, known: bool, is_quick: bool = False) -> Slots | None:
         tokens = [tell(len(row.tokens), count, wrong) for row, (count, wrong) in zip(rows, growths, strict=False)]
         self.manager.check()  # takes abandoned rows back, which is no part of the step
         before = self._snapshot()
         try:
+            if is_quick:
+                return self.storage.append(rows, tokens)
             step = self.storage.extend(rows, tokens, [known, *[True] * (len(rows) - 1)])
         except OutOfBlocksError:
             assert self._snapshot() == before

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     found["goals"] = judge(found["summaries"])
     print(show(found, args))
-    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    args.output.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
     if args.plot:
         report.plot(found, args.output.with_suffix(".png"))
 
@@ -121,6 +121,15 @@ def environment(seed: int) -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {"python": platform.python_version(), "paged_cache": paged_cache.__version__}
     return {"device": f"cpu, {platform.machine()}", "versions": versions, "commit": commit or None, "seed": seed}
+
+
+def rounded(value: Any) -> Any:
+    """The same with four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def show(found: dict[str, Any], args: argparse.Namespace) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .measuring import DEFAULT, FCFS, METRICS
+from .measuring import DEFAULT, FCFS, FIRST_FIT, METRICS
 
 TITLES = {
     "mean": "mean",
@@ -66,6 +66,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), constrained_layout=True)
     lines = [line for line in found["summaries"] if line["load"] == 1.0 and line["baseline"] == FCFS]
     for line in lines:
+        if line["policy"] == FIRST_FIT:
+            continue  # lies on FCFS: there is memory for everything
         is_default = line["policy"] == DEFAULT
         left.scatter(
             line["mean"], line["p99"], s=90 if is_default else 40, color="tab:red" if is_default else "tab:blue"

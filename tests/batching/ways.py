@@ -21,7 +21,7 @@ SINGLE = """
 """What they store or compute depends on padding."""
 
 DEPENDS = """
-    gemma4 gemma4_text gemma4_unified gemma4_unified_text vaultgemma mllama itt:mllama qwen4_exp qwen4_exp_text
+    gemma2 vaultgemma gemma4 gemma4_text gemma4_unified gemma4_unified_text mllama itt:mllama qwen4_exp qwen4_exp_text
     itt:qwen4_exp itt:gemma4 itt:gemma4_unified
 """
 """Here it depends on the version of transformers."""

@@ -74,7 +74,8 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Ends the request with finish reason "abort", unless it is over. It keeps the tokens it has."""
-        self._cancel(self.request_id)
+        if self._output is None:  # later requests may have its id
+            self._cancel(self.request_id)
 
     def add_listener(self, listener: Listener) -> None:
         """Calls `listener` with each further token, and once with None at the end; from the thread that does the work."""

@@ -29,24 +29,23 @@ def as_prompts(prompts: Any, attention_mask: Any = None) -> list[Any]:
     """
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask", attention_mask)
-    if isinstance(prompts, torch.Tensor) and prompts.dim() == 2:
-        return _without_padding(prompts, attention_mask)
+    if getattr(prompts, "ndim", 0) == 2:  # a tensor or an array
+        return _without_padding(torch.as_tensor(prompts), attention_mask)
     if attention_mask is not None:
         if not isinstance(prompts, (list, tuple)) or len(prompts) != len(attention_mask):
             raise InvalidRequestError(
                 "attention_mask goes with a tensor of prompts [batch, length], or with as many lists."
             )
-        return [
-            [token for token, shown in zip(_integers(ids), mask, strict=True) if shown]
-            for ids, mask in zip(prompts, _lists(attention_mask), strict=True)
-        ]
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, torch.Tensor)):
+        return [_shown(_integers(ids), mask) for ids, mask in zip(prompts, _lists(attention_mask), strict=True)]
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable) or hasattr(prompts, "ndim"):
         raise InvalidRequestError(
             f"prompts is {type(prompts).__name__}: generate takes a list of prompts, [prompt] for one; submit takes one."
         )
     items = list(prompts)
     if items and isinstance(items[0], int):
         raise InvalidRequestError("prompts is a list of token ids: generate takes a list of prompts, [ids] for one.")
+    if items and isinstance(items[0], Mapping) and "role" in items[0]:
+        raise InvalidRequestError("prompts is one chat: generate takes a list of prompts, [messages] for one.")
     return items
 
 
@@ -110,6 +109,12 @@ def _without_padding(prompts: torch.Tensor, attention_mask: Any) -> list[list[in
     if mask.shape != prompts.shape:
         raise InvalidRequestError(f"attention_mask {tuple(mask.shape)} does not fit prompts {tuple(prompts.shape)}.")
     return [row[shown != 0].tolist() for row, shown in zip(prompts, mask, strict=True)]
+
+
+def _shown(ids: list[int], mask: list[int]) -> list[int]:
+    if len(mask) != len(ids):
+        raise InvalidRequestError(f"attention_mask has {len(mask)} entries for a prompt of {len(ids)} tokens.")
+    return [token for token, shown in zip(ids, mask, strict=True) if shown]
 
 
 def _is_chat(prompt: Any) -> bool:

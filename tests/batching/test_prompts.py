@@ -1,0 +1,213 @@
+"""Whatever people call a prompt becomes token ids; lists of options become those of each prompt."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paged_cache import ContinuousBatcher, InvalidRequestError
+from paged_cache.assets import MODEL_PATH
+from paged_cache.batching.prompts import PER_PROMPT, as_prompts, per_prompt, token_ids
+from tests.batching.alone import alone
+from tests.models import poisoned_pool
+
+pytestmark = pytest.mark.timeout(30)
+
+IDS = [5, 6, 7]
+CHAT = [{"role": "user", "content": "def add(a, b):"}]
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}def{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The shipped model's, with padding."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH, local_files_only=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """The same with a chat template."""
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        IDS,
+        tuple(IDS),
+        range(5, 8),
+        torch.tensor(IDS),
+        torch.tensor([IDS], dtype=torch.int32),
+        np.array(IDS),
+        np.array([IDS], dtype=np.int16),
+        [IDS],
+        {"input_ids": IDS},
+        {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, 3)},
+    ],
+    ids=lambda prompt: f"{type(prompt).__name__} {prompt}",
+)
+def test_forms_of_token_ids(prompt):
+    """Lists, tensors and arrays of one prompt, with or without a dimension for the batch, are its ids as plain numbers."""
+    ids = token_ids(prompt, None, 100)
+
+    assert ids == IDS
+    assert all(type(token) is int for token in ids)
+
+
+def test_ids_are_a_copy():
+    """The caller's list stays the caller's."""
+    own = list(IDS)
+
+    token_ids(own, None, 100).append(1)
+
+    assert own == IDS
+
+
+def test_text(tokenizer):
+    """A string is what the tokenizer makes of it, its special tokens included."""
+    assert token_ids("def add(a, b):", tokenizer, None) == tokenizer("def add(a, b):")["input_ids"]
+
+
+def test_chat(chatty):
+    """Chat messages go through the template, with the opening of an answer, and get no special tokens twice."""
+    text = "user: def add(a, b):\ndef"
+
+    assert token_ids(CHAT, chatty, None) == chatty(text, add_special_tokens=False)["input_ids"]
+    assert token_ids(tuple(CHAT), chatty, None) == token_ids(CHAT, chatty, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "empty"),
+        (torch.zeros(0, dtype=torch.long), "empty"),
+        ([1, 100], "token id 100"),
+        ([-1], "token id -1"),
+        ([1.0, 2.0], "list"),
+        (torch.tensor([1.5]), "Tensor"),
+        ([True, False], "list"),
+        (torch.zeros(2, 2, dtype=torch.long), "Tensor"),
+        (3, "int"),
+        (None, "NoneType"),
+        ([IDS, IDS], "list"),
+        ({"text": "a"}, "dict"),
+        ("text", "tokenizer"),
+        (CHAT, "tokenizer"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_none(prompt, words):
+    """What cannot be read is refused, with what it was."""
+    with pytest.raises(InvalidRequestError, match=words):
+        token_ids(prompt, None, 100)
+
+
+def test_chat_without_a_template(tokenizer):
+    """Without a chat template, messages are refused and the way out is named."""
+    with pytest.raises(InvalidRequestError, match="chat_template"):
+        token_ids(CHAT, tokenizer, None)
+
+
+# Many prompts
+
+
+def test_padding_is_left_out(tokenizer):
+    """A padded batch in any form is its rows without padding, on either side."""
+    texts = ["def", "def add(a, b):", "import"]
+    want = [tokenizer(text)["input_ids"] for text in texts]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        assert as_prompts(batch) == want
+        assert as_prompts(batch["input_ids"], batch["attention_mask"]) == want
+        assert as_prompts(tokenizer(texts, padding=True)) == want
+        arrays = tokenizer(texts, return_tensors="np", padding=True)
+        assert as_prompts(arrays) == want
+        assert as_prompts(arrays["input_ids"], arrays["attention_mask"]) == want
+        lists = batch["input_ids"].tolist()
+        assert as_prompts(lists, batch["attention_mask"]) == want
+
+
+def test_a_tensor_without_a_mask():
+    """Each row is a prompt as it is."""
+    assert as_prompts(torch.tensor([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
+
+
+def test_any_iterable_of_prompts():
+    """Generators and tuples are lists of prompts; no prompts are no prompts."""
+    assert as_prompts(ids for ids in (IDS, IDS)) == [IDS, IDS]
+    assert as_prompts((IDS, "text")) == [IDS, "text"]
+    assert as_prompts([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mask"),
+    [
+        ("text", None),
+        (IDS, None),
+        (np.array(IDS), None),
+        (torch.tensor(IDS), None),
+        ({"text": "a"}, None),
+        (7, None),
+        (CHAT, None),
+        (torch.tensor([IDS]), torch.ones(1, 2)),
+        ([IDS, IDS], [[1, 1, 1]]),
+        ([IDS], [[1, 1]]),
+        (["text"], [[1]]),
+    ],
+    ids=str,
+)
+def test_lists_of_prompts_that_are_none(prompts, mask):
+    """One prompt is no list of prompts, and a mask has to fit."""
+    with pytest.raises(InvalidRequestError):
+        as_prompts(prompts, mask)
+
+
+def test_options_of_each_prompt():
+    """A list or a tensor of an option that has one value means one for each prompt; anything else is for all."""
+    rows = per_prompt(
+        {
+            "max_new_tokens": [1, 2],
+            "temperature": torch.tensor([0.5, 1.0]),
+            "eos_token_id": [7, 8],
+            "bad_words_ids": [[1], [2], [3]],
+            "seed": 4,
+            "streamer": ("a", None),
+        },
+        2,
+    )
+
+    shared = {"eos_token_id": [7, 8], "bad_words_ids": [[1], [2], [3]], "seed": 4}
+    assert rows == [
+        {"max_new_tokens": 1, "temperature": 0.5, "streamer": "a", **shared},
+        {"max_new_tokens": 2, "temperature": 1.0, "streamer": None, **shared},
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(PER_PROMPT))
+def test_options_of_another_length(name):
+    """A list that has not one entry per prompt is refused, with both numbers."""
+    with pytest.raises(InvalidRequestError, match=f"{name} has 3 entries for 2 prompts"):
+        per_prompt({name: [1, 2, 3]}, 2)
+
+
+def test_mixed_prompts_on_the_shipped_model(chatty):
+    """Text, messages, ids and tensors in one call: each gets what `generate` gives, as tokens and as text."""
+    of = AutoModelForCausalLM.from_pretrained(MODEL_PATH, local_files_only=True).eval()
+    ids = chatty("import os")["input_ids"]
+    prompts = ["def add(a, b):", CHAT, ids, torch.tensor([ids[:2]]), chatty("class A")]
+    with ContinuousBatcher(of, poisoned_pool(of), tokenizer=chatty) as batcher:
+        outputs = batcher.generate(prompts, max_new_tokens=8, do_sample=False, progress_bar=False)
+        stopped = batcher.submit("def add(a, b):", max_new_tokens=40, stop_strings="\n").result(timeout=30)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        want = token_ids(prompt, chatty, None)
+        assert output.prompt_ids == want
+        assert output.sequences == alone(of, want, max_new_tokens=8, do_sample=False)
+        assert output.text == chatty.decode(output.generated_tokens, skip_special_tokens=True)
+        assert output.texts == [output.text]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text.count("\n") == 1

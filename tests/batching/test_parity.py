@@ -130,6 +130,11 @@ def mixed_requests(names=tuple(OPTIONS)):
     ]
 
 
+def without_cache(kind, options):
+    """Up to transformers 5.17 beams of deepseek_v4 keep each other's compressed keys, with transformers' own cache."""
+    return {"use_cache": False} if kind == "deepseek_v4" and "num_beams" in options else {}
+
+
 @pytest.mark.parametrize("setting", POOLS)
 @pytest.mark.parametrize("kind", WAYS)
 def test_greedy(kind, setting):
@@ -152,7 +157,7 @@ def test_options_mixed_in_one_batch(kind, setting):
     of = tiny(kind)
     names = list(OPTIONS)
     requests = mixed_requests(names)
-    expected = [alone(of, ids, **copy.deepcopy(options)) for ids, options in requests]
+    expected = [alone(of, ids, **copy.deepcopy(options), **without_cache(kind, options)) for ids, options in requests]
     outputs, _ = serve(of, requests, **POOLS[setting])
     assert not {names[i]: rows for i, rows in differences(outputs, expected).items()}
 

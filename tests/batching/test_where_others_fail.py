@@ -158,6 +158,22 @@ def test_change_while_a_request_runs(change):
     assert tokens(late) == [alone(of, row, **GREEDY)[0] for row in (ids, followed, prompt(26, seed=3))]
 
 
+def test_change_and_back_while_a_request_runs():
+    """What was computed with adapter b is no prefix for adapter a, although the request began with a."""
+    of, ids = with_adapters(), prompt(30)
+    pool = poisoned_pool(of)
+    with ContinuousBatcher(of, pool) as batcher:
+        running = batcher.submit(ids, **GREEDY | {"max_new_tokens": 30})
+        batcher.step()
+        of.set_adapter("b")
+        finish(batcher)
+        of.set_adapter("a")
+        followed = ids + running.result().generated_tokens
+        (output,) = batcher.generate([followed], progress_bar=False, **GREEDY)
+    assert output.generated_tokens == alone(of, followed, **GREEDY)[0]
+    assert output.cached_tokens == 28
+
+
 def test_salts_keep_prefixes_apart(batcher):
     """Requests of different salts share nothing, those of one salt do."""
     ids = prompt(30)

@@ -24,7 +24,7 @@ import torch
 import transformers
 import typer
 from corpus import HELD_OUT, encode, read_corpus, train_tokenizer  # type: ignore[import-not-found]
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHARE_STEPS = 25  # how often the schedule moves on

@@ -62,17 +62,31 @@ class Engine:
         self._blocked_since: float | None = None
         self._num_deadlines = 0
 
-    def add(self, request: Request) -> None:
-        """Lets a request wait for its turn."""
-        if request.request_id in self.requests:
-            self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
-            return
-        self.requests[request.request_id] = request
-        self._num_deadlines += request.deadline is not None
+    def add(self, *requests: Request) -> None:
+        """Lets requests wait for their turn; those that come together are ordered together."""
+        new = []
+        for request in requests:
+            if request.request_id in self.requests:
+                self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
+                continue
+            self.requests[request.request_id] = request
+            self._num_deadlines += request.deadline is not None
+            new.append(request)
         try:
-            self.scheduler.add(request)
+            self.scheduler.add(*new)
         except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
-            self.finish(request, "error", error)
+            if len(new) == 1:
+                self.finish(new[0], "error", error)
+            else:
+                self._add_one_by_one(new)
+
+    def _add_one_by_one(self, requests: list[Request]) -> None:
+        """The policy fails for one of them: only that one is to suffer."""
+        for request in requests:
+            try:
+                self.scheduler.add(request)
+            except Exception as error:  # noqa: BLE001, PERF203 (see above)
+                self.finish(request, "error", error)
 
     def step(self) -> bool:
         """Executes one step; whether anything was computed.

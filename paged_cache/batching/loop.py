@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 from ..compat import logger
 from ..errors import PagedCacheError
@@ -155,13 +156,22 @@ class EngineLoop:
                 self._stepper = None
 
     def _drain(self) -> None:
-        while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, Request):
-                self._engine.add(item)
-                self.pending.pop(item.request_id, None)
-            elif item in self._engine.requests:
-                self._engine.finish(self._engine.requests[item], "abort")
+        items = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        for kind, group in groupby(items, type):
+            if kind is str:
+                for request_id in group:
+                    self._end(str(request_id))
+            else:
+                self._take([item for item in group if isinstance(item, Request)])
+
+    def _take(self, requests: list[Request]) -> None:
+        self._engine.add(*requests)
+        for request in requests:
+            self.pending.pop(request.request_id, None)
+
+    def _end(self, request_id: str) -> None:
+        if request_id in self._engine.requests:
+            self._engine.finish(self._engine.requests[request_id], "abort")
 
     def _wait_for_change(self, is_met: Callable[[], bool], timeout: float) -> None:
         with self._changed:

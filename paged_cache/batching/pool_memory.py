@@ -21,6 +21,7 @@ class PoolMemory:
         self._shares_prefixes = shares_prefixes
         self.num_blocks, self.block_size = pool.num_blocks, pool.block_size
         self._windows = pool.storage.layout.windows
+        self._has_windows = any(window is not None for window in self._windows)
         self._keys: dict[Hashable, Hashable] = {}
         self._light_key: Hashable = None
         self._coming: set[tuple[int, tuple[int, ...]]] = set()
@@ -46,6 +47,8 @@ class PoolMemory:
         """Blocks that a row of so many tokens holds, in all layer groups."""
         size = self.block_size
         num_blocks = -(-num_tokens // size)
+        if not self._has_windows:
+            return num_blocks * len(self._windows)
         return sum(
             num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
             for window in self._windows

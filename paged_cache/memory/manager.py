@@ -221,7 +221,7 @@ class BlockManager:
         if sequence.node is not None:
             sequence.tail += sequence.fresh
             sequence.fresh = []
-            while sequence.node is not None and len(sequence.tail) >= self.block_size:
+            while len(sequence.tail) >= self.block_size:
                 self._register(sequence)
         if self._has_windows and not keep_past:
             self._release(sequence.drop_past(self._visibility.first_visible(sequence.num_tokens)))

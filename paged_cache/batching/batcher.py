@@ -243,7 +243,7 @@ class ContinuousBatcher:
     def _hold(self, request: Request) -> None:
         if request.request_id in self._engine.requests or request.request_id in self._loop.pending:
             raise InvalidRequestError(f"request_id {request.request_id!r} is under way: every request needs its own.")
-        request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel)
+        request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel, self)
 
     def _enter(self, request: Request) -> bool:
         """Whether there was room in the queue; what can never be served needs none and is rejected."""

@@ -3,6 +3,7 @@
 import copy
 import queue
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,13 @@ from .shadow import shadow
 
 PATIENCE = 600.0
 """Seconds that the loop may take for one token; longer means that a processor of its hangs."""
+
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+def is_beam_search() -> bool:
+    """Whether a beam search calls this: a processor of its, inside a step."""
+    return threading.current_thread() in _threads
 
 
 class Turn(NamedTuple):
@@ -83,6 +91,7 @@ class BeamSearch:
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="paged-cache-beam-search", daemon=True)
+            _threads.add(self._thread)
             self._thread.start()
         if not self._is_asked:  # it is where the wait for an answer was interrupted
             self._logits.put(logits)

@@ -57,11 +57,10 @@ class StepCost:
         self._fit()
 
     def _fit(self) -> None:
-        """Coordinate descent from the last fit, each factor in turn."""
+        """One round of coordinate descent from the last fit: steps come by the hundred, and each may take little time."""
         moments, targets, factors = self._moments, self._targets, self._factors
         common = sum(targets) / sum(map(sum, moments))
         weight = self._stiffness * (moments[0][0] + moments[1][1] + moments[2][2])
-        for _ in range(3):
-            for i, row in enumerate(moments):
-                rest = sum(row[j] * factors[j] for j in range(3) if j != i)
-                factors[i] = max(0.0, (targets[i] + weight * common - rest) / (row[i] + weight))
+        for i, row in enumerate(moments):
+            rest = row[0] * factors[0] + row[1] * factors[1] + row[2] * factors[2] - row[i] * factors[i]
+            factors[i] = max(0.0, (targets[i] + weight * common - rest) / (row[i] + weight))

@@ -121,11 +121,11 @@ class Engine:
         self.scheduler.remove(request)
         request.held.clear()
         decoding.close()
-        if decoding.streamer is not None and error is None:
+        if decoding.streamer is not None:  # also after an error: somebody may be waiting for what comes next
             try:
                 decoding.streamer.end()
             except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
-                reason, error = "error", raised
+                reason, error = "error", error or raised
             except BaseException:
                 self._tell(request, reason, None)
                 raise

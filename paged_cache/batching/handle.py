@@ -19,6 +19,7 @@ class RequestHandle:
         request_id: Of the request.
         wait: Called with a condition and seconds (or None): returns when the condition holds.
         cancel: Ends the request.
+        owner: The batcher, which lives as long as somebody may wait.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class RequestHandle:
         request_id: str,
         wait: Callable[[Callable[[], bool], float | None], None],
         cancel: Callable[[str], None],
+        owner: object = None,
     ) -> None:
-        self.request_id = request_id
+        self.request_id, self._owner = request_id, owner
         self._wait, self._cancel = wait, cancel
         self._tokens: list[int] = []
         self._output: RequestOutput | None = None

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from ..compat import logger
 from ..errors import PagedCacheError
+from .beam_search import is_beam_search
 from .engine import Engine
 from .request import Request
 
@@ -140,7 +141,7 @@ class EngineLoop:
 
     def _is_inside(self) -> bool:
         """Whether this was called by a streamer, a processor or a listener."""
-        return self._stepper == threading.get_ident()
+        return self._stepper == threading.get_ident() or is_beam_search()
 
     def _require_outside(self) -> None:
         if self._is_inside():

@@ -156,6 +156,7 @@ class OutputProcessor:
             try:
                 request.decoding.streamer.put(ids)
             except Exception as error:  # noqa: BLE001 (a user's streamer may raise anything)
+                request.decoding.streamer = None  # it has had its say
                 self._finish(request, "error", error)
 
 

@@ -6,7 +6,12 @@ from .sequence import Sequence
 
 def has_room(sequence: Sequence, allocator: BlockAllocator, block_size: int) -> bool:
     """Whether the next token's slots, one per group, are in blocks that may be written."""
-    return sequence.num_tokens % block_size > 0 and all(allocator.is_private(table[-1]) for table in sequence.tables)
+    if sequence.num_tokens % block_size == 0:
+        return False
+    for table in sequence.tables:  # a loop: this runs for every row of every step  # noqa: SIM110
+        if not allocator.is_private(table[-1]):
+            return False
+    return True
 
 
 def append_in_place(sequence: Sequence, token: int, block_size: int) -> list[int]:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 import paged_cache
 from paged_cache import ContinuousBatcher, InvalidRequestError, OutOfBlocksError, PagedCacheError
@@ -19,6 +19,7 @@ from tests.batching.faults import (
     Streamer,
     batching,
     expected,
+    failing,
     in_threads,
     is_free,
     reasons,
@@ -205,6 +206,22 @@ def test_a_step_that_would_wait_for_itself(call):
     assert "inside a step" in str(raised[0])
 
 
+def test_a_beam_search_that_would_wait_for_itself():
+    """A processor of a beam search runs in a thread of its own, but inside a step all the same."""
+
+    class Waiting(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            other.result(timeout=PATIENCE)
+            return scores
+
+    with batching() as batcher:
+        other = batcher.submit(PROMPTS[1], **GREEDY)
+        beams = batcher.submit(PROMPTS[0], **BEAMS, logits_processor=LogitsProcessorList([Waiting()]))
+        outputs = run(batcher, [other, beams])
+    assert "inside a step" in str(outputs[1].error)
+    assert tokens(outputs[:1]) == expected(PROMPTS[1])
+
+
 def test_submit_and_cancel_from_inside_a_step():
     """A streamer may submit a request, and end one, its own included."""
     handles = []
@@ -352,6 +369,15 @@ def test_text_streamer_in_another_thread():
         assert [int(token) for token in "".join(streamer).split()] == expected(PROMPTS[0])[0]
 
 
+def test_text_streamer_after_a_failure():
+    """Whoever reads a streamer hears of the end also if the forward failed."""
+    streamer = Streamer()
+    with batching() as batcher, failing(tiny("llama"), lambda number, _: number == 3, ValueError("the model")):
+        (output,) = run(batcher, [batcher.submit(PROMPTS[0], **GREEDY, streamer=streamer)])
+    assert output.finish_reason == "error"
+    assert streamer.calls[-1] == "end"
+
+
 # The queue
 
 
@@ -486,6 +512,22 @@ def test_batcher_that_nobody_holds():
     batcher.step()
     assert not is_free(pool)
     del batcher, handle
+    gc.collect()
+    assert not paged_cache.is_patched(of)
+    assert is_free(pool)
+
+
+def test_handle_keeps_its_batcher():
+    """Whoever has a handle gets a result, even if nobody else holds the batcher."""
+    of, pool = tiny("llama"), poisoned_pool(tiny("llama"))
+
+    def submit():
+        return ContinuousBatcher(of, pool).submit(PROMPTS[0], **GREEDY)
+
+    handle = submit()
+    gc.collect()
+    assert [handle.result(timeout=PATIENCE).generated_tokens] == expected(PROMPTS[0])
+    del handle
     gc.collect()
     assert not paged_cache.is_patched(of)
     assert is_free(pool)

@@ -70,11 +70,11 @@ def test_outputs_of_different_lengths(batcher):
 
 
 def with_adapters():
-    """A llama of its own with random LoRA adapters a and b, a active."""
+    """A llama of its own with random LoRA adapters one and two, one active."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    of = peft.get_peft_model(copy.deepcopy(tiny("llama")), config, adapter_name="a")
-    of.add_adapter("b", config)
+    of = peft.get_peft_model(copy.deepcopy(tiny("llama")), config, adapter_name="one")
+    of.add_adapter("two", config)
     return of.eval()
 
 
@@ -85,7 +85,7 @@ def lora_layers(of):
 
 def switch(of):
     """The other adapter."""
-    of.set_adapter("b")
+    of.set_adapter("two")
 
 
 def disable(of):
@@ -96,19 +96,19 @@ def disable(of):
 def rescale(of):
     """The same adapter, stronger."""
     for layer in lora_layers(of):
-        layer.set_scale("a", 5.0)
+        layer.set_scale("one", 5.0)
 
 
 def merge_both(of):
     """Both adapters become part of the weights."""
-    of.merge_adapter(["a", "b"])
+    of.merge_adapter(["one", "two"])
 
 
 def train(of):
     """A step of an optimizer."""
     with torch.no_grad():
         for layer in lora_layers(of):
-            layer.lora_B["a"].weight.add_(0.5)
+            layer.lora_B["one"].weight.add_(0.5)
 
 
 def copy_over(of):
@@ -165,9 +165,9 @@ def test_change_and_back_while_a_request_runs():
     with ContinuousBatcher(of, pool) as batcher:
         running = batcher.submit(ids, **GREEDY | {"max_new_tokens": 30})
         batcher.step()
-        of.set_adapter("b")
+        of.set_adapter("two")
         finish(batcher)
-        of.set_adapter("a")
+        of.set_adapter("one")
         followed = ids + running.result().generated_tokens
         (output,) = batcher.generate([followed], progress_bar=False, **GREEDY)
     assert output.generated_tokens == alone(of, followed, **GREEDY)[0]
@@ -273,7 +273,7 @@ def test_cancelled_request_ends_for_who_waits(batcher):
         ("use_cache", False),
         ("penalty_alpha", 0.6),
         ("constraints", [1]),
-        ("adapter_name", "a"),
+        ("adapter_name", "one"),
     ],
 )
 def test_option_that_cannot_be_honoured(batcher, name, value):

@@ -19,11 +19,12 @@ from .forwards import choose_forward
 from .handle import RequestHandle
 from .inputs import InputProcessor
 from .loop import EngineLoop
+from .options import OWN_OPTIONS, RequestOptions, per_prompt
 from .output import RequestOutput
 from .policy import Policy
 from .pool_memory import PoolMemory
 from .progress import Progress
-from .prompts import as_prompts, per_prompt
+from .prompts import as_prompts
 from .request import Request
 from .scheduler import Scheduler
 from .serving import require_served, why_never
@@ -114,8 +115,8 @@ class ContinuousBatcher:
             adapter_names: One adapter for each prompt. Not served yet: activate an adapter with `set_adapter`.
             attention_mask: `[batch, length]`, 0 for padding, if prompts are a tensor.
             progress_bar: Shows a bar on a terminal.
-            **generate_kwargs: As for `model.generate`, and those of `submit`. Where one number is expected, a list has one
-                for each prompt: `max_new_tokens=[20, 500]`.
+            **generate_kwargs: As for `model.generate`, and those of `submit`. A list has one for each prompt,
+                `max_new_tokens=[20, 500]`, but for options that are lists by nature (`eos_token_id`, `stop_strings`, ...).
 
         Returns:
             One output per prompt, in their order. A prompt that cannot be served has finish reason "rejected".
@@ -135,7 +136,7 @@ class ContinuousBatcher:
         Waits while the queue is full. A prompt that cannot be served has a handle, too, with finish reason "rejected".
         """
         self._require_open()
-        items = as_prompts(prompts, attention_mask)
+        items = as_prompts(prompts, attention_mask, self._inputs.pad_token_id(options))
         rows = per_prompt(options, len(items))
         requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, rows, strict=True))]
         _require_different(requests)
@@ -181,11 +182,9 @@ class ContinuousBatcher:
             InvalidRequestError, ValueError, TypeError: The prompt or an option is wrong or cannot be honoured.
             PagedCacheError: The batcher is closed.
         """
-        own: dict[str, Any] = {"request_id": request_id, "priority": priority, "timeout": timeout, "seed": seed}
-        own |= {"cache_salt": cache_salt, "tenant": tenant, "expected_tokens": expected_tokens}
-        own |= {"generation_config": generation_config, "adapter_name": adapter_name}
         self._require_open()
-        request = self._inputs.make(self._inputs.read(prompt), **own, **generate_kwargs)
+        options = RequestOptions(request_id, priority, timeout, seed, cache_salt, tenant, expected_tokens, adapter_name)
+        request = self._inputs.make(self._inputs.read(prompt), options, generation_config, generate_kwargs)
         self._hold(request)
         if not self._enter(request):
             waiting = f"{self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}"
@@ -229,8 +228,9 @@ class ContinuousBatcher:
             ids, error = self._inputs.read(prompt), None
         except InvalidRequestError as wrong:
             ids, error = [0], InvalidRequestError(f"{where}{wrong}")
+        own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
         try:
-            request = self._inputs.make(ids, **options)
+            request = self._inputs.make(ids, RequestOptions(**own), options.pop("generation_config", None), options)
         except (InvalidRequestError, ValueError, TypeError) as wrong:
             wrong.args = (f"{where}{wrong}",)
             raise

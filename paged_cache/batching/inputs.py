@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import InvalidRequestError
 from .beam_search import BeamSearch
 from .decoding import Decoding
+from .options import RequestOptions, require_callables
 from .preparing import BEAMS, Preparation, Prepared
 from .prompts import token_ids
 from .request import Request, Row
@@ -27,8 +27,6 @@ class InputProcessor:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, clock: Callable[[], float]) -> None:
         self._model, self._tokenizer, self._clock = model, tokenizer, clock
         self._prepare = Preparation(model, tokenizer)
-        embeddings = model.get_input_embeddings()
-        self._vocab_size = getattr(embeddings, "num_embeddings", None)
         self._numbers = itertools.count()
 
     def read(self, prompt: Any) -> list[int]:
@@ -37,49 +35,45 @@ class InputProcessor:
         Raises:
             InvalidRequestError: It is empty, of no known form, or has ids that the model does not have.
         """
-        return token_ids(prompt, self._tokenizer, self._vocab_size)
+        vocab_size = getattr(self._model.get_input_embeddings(), "num_embeddings", None)
+        return token_ids(prompt, self._tokenizer, vocab_size)
 
-    def make(
-        self,
-        ids: list[int],
-        *,
-        generation_config: Any = None,
-        request_id: str | None = None,
-        priority: int = 0,
-        timeout: float | None = None,
-        seed: int | None = None,
-        cache_salt: Any = None,
-        tenant: Any = None,
-        expected_tokens: float | None = None,
-        adapter_name: str | None = None,
-        **generate_kwargs: Any,
-    ) -> Request:
-        """A request that is ready to be scheduled; see `ContinuousBatcher.submit` for the options.
+    def pad_token_id(self, options: dict[str, Any]) -> int | None:
+        """What `generate` takes for padding where no mask says so; None if that is a token that ends sequences, or unknown."""
+        config = options.get("generation_config")
+        sources = [options, vars(config) if hasattr(config, "__dict__") else {}, vars(self._model.generation_config)]
+        pad, eos = (
+            next((source[name] for source in sources if source.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        return pad if isinstance(pad, int) and pad not in ends else None
+
+    def make(self, ids: list[int], options: RequestOptions, generation_config: Any, kwargs: dict[str, Any]) -> Request:
+        """A request that is ready to be scheduled.
+
+        Args:
+            ids: The prompt.
+            options: The batcher's own.
+            generation_config, kwargs: `generate`'s.
 
         Raises:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
-        if adapter_name is not None:
-            raise InvalidRequestError(
-                f"adapter_name={adapter_name!r} cannot be honoured: activate it with model.set_adapter({adapter_name!r})."
-            )
-        _require_hashable("cache_salt", cache_salt)
-        _require_hashable("tenant", tenant)
-        if timeout is not None and timeout <= 0:
-            raise InvalidRequestError(f"timeout={timeout}: seconds above 0 are needed.")
-        prepared = self._prepare(ids, generation_config, generate_kwargs)
-        decoding = self._decoding(prepared, seed)
-        now = self._clock()
+        require_callables(kwargs)
+        prepared = self._prepare(ids, generation_config, kwargs)
+        decoding = self._decoding(prepared, options.seed)
+        now, name = self._clock(), options.request_id
         return Request(
-            request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
+            request_id=f"request-{next(self._numbers)}" if name is None else name,
             prompt_ids=decoding.prompt_ids,
             max_new_tokens=decoding.max_new_tokens,
             num_rows=decoding.num_rows,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            priority=priority,
-            expected_tokens=expected_tokens,
-            deadline=None if timeout is None else now + timeout,
+            cache_salt=options.cache_salt,
+            tenant=options.tenant,
+            priority=options.priority,
+            expected_tokens=options.expected_tokens,
+            deadline=None if options.timeout is None else now + options.timeout,
             rows=[Row(list(decoding.prompt_ids))],
             arrival_time=now,
             decoding=decoding,
@@ -96,10 +90,3 @@ class InputProcessor:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         return torch.Generator(self._model.device).manual_seed(seed)
-
-
-def _require_hashable(name: str, value: Any) -> None:
-    try:
-        hash(value)
-    except TypeError:
-        raise InvalidRequestError(f"{name} is {value!r}; it has to be hashable, such as a string.") from None

@@ -1,7 +1,7 @@
 """What becomes of a request."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -60,7 +60,14 @@ class RequestOutput:
     sequences_scores: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
-    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    _tokenizer: ClassVar[Any] = None  # no fields: what people print, compare and store are tokens
+    _texts: ClassVar[list[str] | None] = None
+
+    def decoded_by(self, tokenizer: Any) -> "RequestOutput":
+        """Itself; from now on `text` is what this tokenizer says."""
+        object.__setattr__(self, "_tokenizer", tokenizer)
+        return self
 
     @property
     def text(self) -> str:
@@ -74,6 +81,16 @@ class RequestOutput:
         Raises:
             ValueError: The batcher has no tokenizer.
         """
-        if self.tokenizer is None:
-            raise ValueError("text needs a tokenizer: ContinuousBatcher(model, pool, tokenizer=tokenizer).")
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.sequences]
+        if self._texts is None:
+            if self._tokenizer is None:
+                raise ValueError("text needs a tokenizer: ContinuousBatcher(model, pool, tokenizer=tokenizer).")
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in self.sequences]
+            object.__setattr__(self, "_texts", texts)
+        return self._texts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the text in place of the tokenizer."""
+        state = dict(vars(self))
+        if state.pop("_tokenizer", None) is not None:
+            state["_texts"] = self.texts
+        return state

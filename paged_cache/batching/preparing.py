@@ -91,6 +91,10 @@ class Preparation:
             InvalidRequestError: An option that cannot be honoured; the message names it.
             ValueError, TypeError: What `generate` itself says of options that are wrong.
         """
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise InvalidRequestError(
+                f"generation_config is {type(generation_config).__name__}; a GenerationConfig is needed, or options by name."
+            )
         for name in REFUSED:
             if _says_something(options.get(name)) or _says_something(getattr(generation_config, name, None)):
                 raise InvalidRequestError(f"{name} cannot be honoured: {REFUSED[name]}.")

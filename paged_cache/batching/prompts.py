@@ -1,28 +1,22 @@
-"""Input processing: whatever people call a prompt becomes token ids, and lists of options those of each prompt."""
+"""Input processing: whatever people call a prompt becomes token ids."""
 
 from collections.abc import Iterable, Mapping
+from itertools import dropwhile
 from typing import Any
 
 import torch
 
 from ..errors import InvalidRequestError
 
-PER_PROMPT = {
-    "adapter_name", "cache_salt", "do_sample", "expected_tokens", "generation_config", "length_penalty", "max_length",
-    "max_new_tokens", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
-    "prefix_allowed_tokens_fn", "priority", "repetition_penalty", "request_id", "seed", "streamer", "temperature", "tenant",
-    "timeout", "top_k", "top_p", "typical_p",
-}  # fmt: skip
-"""Options of which a list means one for each prompt. Others are lists by nature, such as `eos_token_id`."""
 
-
-def as_prompts(prompts: Any, attention_mask: Any = None) -> list[Any]:
+def as_prompts(prompts: Any, attention_mask: Any = None, pad_token_id: int | None = None) -> list[Any]:
     """A list with one entry per prompt.
 
     Args:
         prompts: A list of prompts in any of the forms of `token_ids`; or a tensor `[batch, length]`; or what a tokenizer
             returns, with its mask.
         attention_mask: `[batch, length]`, 0 for padding, for a tensor of prompts.
+        pad_token_id: What stands for padding on the left of a tensor without a mask, as `generate` takes it.
 
     Raises:
         InvalidRequestError: It is one prompt, or nothing of that kind.
@@ -30,7 +24,7 @@ def as_prompts(prompts: Any, attention_mask: Any = None) -> list[Any]:
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask", attention_mask)
     if getattr(prompts, "ndim", 0) == 2:  # a tensor or an array
-        return _without_padding(torch.as_tensor(prompts), attention_mask)
+        return _without_padding(torch.as_tensor(prompts), attention_mask, pad_token_id)
     if attention_mask is not None:
         if not isinstance(prompts, (list, tuple)) or len(prompts) != len(attention_mask):
             raise InvalidRequestError(
@@ -68,8 +62,7 @@ def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
         _require(tokenizer, "a chat")
         if getattr(tokenizer, "chat_template", None) is None:
             raise InvalidRequestError("the tokenizer has no chat_template: pass the prompt as a string or token ids.")
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"])
     else:
         ids = _integers(prompt)
     if not ids:
@@ -80,31 +73,9 @@ def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
     return ids
 
 
-def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The options of each of `count` prompts.
-
-    Raises:
-        InvalidRequestError: A list of another length.
-    """
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
-    for name, value in options.items():
-        is_list = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() == 1)
-        if name in PER_PROMPT and is_list:
-            values = value.tolist() if isinstance(value, torch.Tensor) else value
-            if len(values) != count:
-                raise InvalidRequestError(
-                    f"{name} has {len(values)} entries for {count} prompts: one each, or one for all."
-                )
-        else:
-            values = [value] * count
-        for row, own in zip(rows, values, strict=True):
-            row[name] = own
-    return rows
-
-
-def _without_padding(prompts: torch.Tensor, attention_mask: Any) -> list[list[int]]:
+def _without_padding(prompts: torch.Tensor, attention_mask: Any, pad_token_id: int | None) -> list[list[int]]:
     if attention_mask is None:
-        return prompts.tolist()
+        return [list(dropwhile(lambda token: token == pad_token_id, row)) for row in prompts.tolist()]
     mask = torch.as_tensor(attention_mask)
     if mask.shape != prompts.shape:
         raise InvalidRequestError(f"attention_mask {tuple(mask.shape)} does not fit prompts {tuple(prompts.shape)}.")
@@ -115,6 +86,13 @@ def _shown(ids: list[int], mask: list[int]) -> list[int]:
     if len(mask) != len(ids):
         raise InvalidRequestError(f"attention_mask has {len(mask)} entries for a prompt of {len(ids)} tokens.")
     return [token for token, shown in zip(ids, mask, strict=True) if shown]
+
+
+def _render(messages: Any, tokenizer: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except Exception as error:
+        raise InvalidRequestError(f"the chat does not suit the tokenizer's template: {error}") from error
 
 
 def _is_chat(prompt: Any) -> bool:

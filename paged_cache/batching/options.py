@@ -1,0 +1,99 @@
+"""What a request may be given besides its prompt and the options of `generate`, and which options are lists by nature."""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import InvalidRequestError
+
+LISTS = {
+    "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "eos_token_id", "exponential_decay_length_penalty",
+    "force_words_ids", "forced_eos_token_id", "logits_processor", "sequence_bias", "stop_strings", "stopping_criteria",
+    "suppress_tokens",
+}  # fmt: skip
+"""Options of `generate` of which a list is one value, for all prompts."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of the batcher's own; see `ContinuousBatcher.submit`.
+
+    Raises:
+        InvalidRequestError: One of them is wrong; the message names it.
+    """
+
+    request_id: str | None = None
+    priority: int = 0
+    timeout: float | None = None
+    seed: int | None = None
+    cache_salt: Hashable = None
+    tenant: Hashable = None
+    expected_tokens: float | None = None
+    adapter_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.request_id is not None and not isinstance(self.request_id, str):
+            raise InvalidRequestError(f"request_id={self.request_id!r}: a string is needed.")
+        for name in ("priority", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "seed" and value is None):
+                raise InvalidRequestError(f"{name}={value!r}: an integer is needed.")
+        for name in ("timeout", "expected_tokens"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise InvalidRequestError(f"{name}={value!r}: a number above 0 is needed.")
+        for name in ("cache_salt", "tenant"):
+            _require_hashable(name, getattr(self, name))
+        if self.adapter_name is not None:
+            raise InvalidRequestError(
+                f"adapter_name={self.adapter_name!r} cannot be honoured: activate it with "
+                f"model.set_adapter({self.adapter_name!r})."
+            )
+
+
+OWN_OPTIONS = [field.name for field in fields(RequestOptions)]
+
+
+def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of `count` prompts: a list, a tensor `[count]` or an array has one for each.
+
+    Raises:
+        InvalidRequestError: A list of another length, or one streamer for several prompts.
+    """
+    if count > 1 and hasattr(options.get("streamer"), "put"):
+        raise InvalidRequestError(f"streamer is one for {count} prompts: a list with one for each is needed.")
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in options.items():
+        for row, own in zip(rows, _values(name, value, count), strict=True):
+            row[name] = own
+    return rows
+
+
+def _values(name: str, value: Any, count: int) -> list[Any]:
+    if name in LISTS or not (isinstance(value, list) or getattr(value, "ndim", 0) == 1):
+        return [value] * count
+    values = value if isinstance(value, list) else value.tolist()
+    if len(values) != count:
+        raise InvalidRequestError(f"{name} has {len(values)} entries for {count} prompts: one each, or one for all.")
+    return values
+
+
+def require_callables(options: dict[str, Any]) -> None:
+    """Raises `InvalidRequestError` for processors, criteria and streamers that cannot be called."""
+    for name in ("logits_processor", "stopping_criteria"):
+        for item in options.get(name) or []:
+            if not callable(item):
+                raise InvalidRequestError(
+                    f"{name} holds {type(item).__name__}, which cannot be called; it is one list for all prompts."
+                )
+    streamer = options.get("streamer")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise InvalidRequestError(f"streamer is {type(streamer).__name__}; it needs the methods put and end.")
+
+
+def _require_hashable(name: str, value: Any) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        raise InvalidRequestError(f"{name} is {value!r}; it has to be hashable, such as a string.") from None

@@ -81,12 +81,13 @@ class RequestOutput:
         Raises:
             ValueError: The batcher has no tokenizer.
         """
-        if self._texts is None:
-            if self._tokenizer is None:
-                raise ValueError("text needs a tokenizer: ContinuousBatcher(model, pool, tokenizer=tokenizer).")
-            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in self.sequences]
-            object.__setattr__(self, "_texts", texts)
-        return self._texts
+        if self._texts is not None:
+            return self._texts
+        if self._tokenizer is None:
+            raise ValueError("text needs a tokenizer: ContinuousBatcher(model, pool, tokenizer=tokenizer).")
+        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in self.sequences]
+        object.__setattr__(self, "_texts", texts)
+        return texts
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: the text in place of the tokenizer."""

@@ -28,7 +28,7 @@ def refused(batcher, words, **options):
     with pytest.raises((InvalidRequestError, ValueError, TypeError), match=words):
         batcher.submit(PROMPTS[0], **{**GREEDY, **options})
     with pytest.raises((InvalidRequestError, ValueError, TypeError), match="prompt 0: "):
-        batcher.generate(PROMPTS[:2], **{**GREEDY, **options}, progress_bar=False)
+        batcher.generate(PROMPTS[:1], **{**GREEDY, **options}, progress_bar=False)
 
 
 SAYING = {

@@ -7,13 +7,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_cache import ContinuousBatcher, InvalidRequestError
 from paged_cache.assets import MODEL_PATH
-from paged_cache.batching.prompts import PER_PROMPT, as_prompts, per_prompt, token_ids
-from tests.batching.alone import alone
+from paged_cache.batching.prompts import as_prompts, token_ids
+from tests.batching.alone import alone, tiny
 from tests.models import poisoned_pool
 
 pytestmark = pytest.mark.timeout(30)
 
 IDS = [5, 6, 7]
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
 CHAT = [{"role": "user", "content": "def add(a, b):"}]
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}def{% endif %}"
 
@@ -167,32 +168,35 @@ def test_lists_of_prompts_that_are_none(prompts, mask):
         as_prompts(prompts, mask)
 
 
-def test_options_of_each_prompt():
-    """A list or a tensor of an option that has one value means one for each prompt; anything else is for all."""
-    rows = per_prompt(
-        {
-            "max_new_tokens": [1, 2],
-            "temperature": torch.tensor([0.5, 1.0]),
-            "eos_token_id": [7, 8],
-            "bad_words_ids": [[1], [2], [3]],
-            "seed": 4,
-            "streamer": ("a", None),
-        },
-        2,
-    )
+def test_padding_without_a_mask():
+    """A tensor's padding on the left is what `generate` takes for it: the padding token, unless that ends sequences."""
+    rows = torch.tensor([[0, 0, 5, 0, 6], [1, 2, 3, 4, 5]])
+    assert as_prompts(rows, pad_token_id=0) == [[5, 0, 6], [1, 2, 3, 4, 5]]
+    assert as_prompts(rows) == rows.tolist()
 
-    shared = {"eos_token_id": [7, 8], "bad_words_ids": [[1], [2], [3]], "seed": 4}
-    assert rows == [
-        {"max_new_tokens": 1, "temperature": 0.5, "streamer": "a", **shared},
-        {"max_new_tokens": 2, "temperature": 1.0, "streamer": None, **shared},
+
+def test_padded_tensor_without_a_mask_is_served():
+    """Each row gets the tokens of its prompt without padding."""
+    of = tiny("llama")
+    rows = torch.tensor([[0, 0, 0, 15, 16], [11, 12, 13, 14, 15]])
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        outputs = batcher.generate(rows, **GREEDY, pad_token_id=0, progress_bar=False)
+        as_they_are = batcher.generate(rows, **GREEDY, pad_token_id=0, eos_token_id=[0, 99], progress_bar=False)
+    assert [o.generated_tokens for o in outputs] == [
+        alone(of, ids, **GREEDY)[0] for ids in ([15, 16], rows[1].tolist())
     ]
+    assert as_they_are[0].prompt_ids == rows[0].tolist()
 
 
-@pytest.mark.parametrize("name", sorted(PER_PROMPT))
-def test_options_of_another_length(name):
-    """A list that has not one entry per prompt is refused, with both numbers."""
-    with pytest.raises(InvalidRequestError, match=f"{name} has 3 entries for 2 prompts"):
-        per_prompt({name: [1, 2, 3]}, 2)
+def test_chat_that_cannot_be_read(chatty):
+    """A template that raises rejects its own prompt; the others are answered."""
+    of = AutoModelForCausalLM.from_pretrained(MODEL_PATH, local_files_only=True).eval()
+    chatty.chat_template = "{{ messages[0].content.nothing.at.all }}"
+    with ContinuousBatcher(of, poisoned_pool(of), tokenizer=chatty) as batcher:
+        bad, good = batcher.generate([CHAT, "import os"], max_new_tokens=3, do_sample=False, progress_bar=False)
+    assert bad.finish_reason == "rejected"
+    assert "prompt 0: the chat does not suit the tokenizer's template" in str(bad.error)
+    assert len(good.generated_tokens) == 3
 
 
 def test_mixed_prompts_on_the_shipped_model(chatty):

@@ -25,6 +25,7 @@ class WeightsVersion:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
+        self._tree: tuple[int, ...] = ()
         self._tuners: list[torch.nn.Module] = []
         self._generation = 0
 
@@ -47,21 +48,44 @@ class WeightsVersion:
         if not self._are_seen(parts):
             self._generation += 1
             self._seen = [(weakref.ref(part), pointer) for part, pointer in parts]
-        self._tuners = peft_tuner_layers(model)
+        self._look(model)
         adapters = _adapters_key(self._tuners)
         # counters only grow and the tensors are the same ones, so that the sum tells any change in place
         return None if adapters is None else (self._generation, sum(tensor._version for tensor in tensors), adapters)
 
     def light_key(self) -> Hashable:
-        """What may change and change back between two tokens: train or eval mode, and which adapters are active."""
+        """What may change and change back between two tokens: train or eval mode, the modules, and which adapters are active."""
         model = self._model()
-        mode = model is None or model.training
-        return mode, tuple((bool(layer._forward_pre_hooks), _layer_key(layer)) for layer in self._tuners)
+        if model is None:
+            return None
+        self._look(model)
+        adapters = tuple((bool(layer._forward_pre_hooks), _layer_key(layer)) for layer in self._tuners)
+        return model.training, self._tree, adapters
+
+    def _look(self, model: torch.nn.Module) -> None:
+        """Adapters come and go with modules."""
+        tree = _tree(model)
+        if tree != self._tree:
+            self._tree, self._tuners = tree, peft_tuner_layers(model)
 
     def _are_seen(self, parts: list[tuple[Any, int]]) -> bool:
         return len(parts) == len(self._seen) and all(
             ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, parts, strict=True)
         )
+
+
+def _tree(model: torch.nn.Module) -> tuple[int, ...]:
+    """Which modules a model has, and where; quicker than `modules()`, since it is asked for every token.
+
+    Ids are enough: a module that comes back was there all the time, so that nobody else had its id meanwhile.
+    """
+    found: list[torch.nn.Module | None] = [model]
+    parents = set()
+    for module in found:
+        if module is not None and module._modules and id(module) not in parents:
+            parents.add(id(module))
+            found += module._modules.values()
+    return tuple(map(id, found))
 
 
 def _adapters_key(layers: list[torch.nn.Module]) -> Hashable | None:

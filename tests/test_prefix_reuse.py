@@ -261,6 +261,26 @@ def test_mixed_adapter_batch_shares_nothing():
         assert pool.num_cached == 0
 
 
+def test_adapter_that_comes_and_goes_while_a_row_decodes():
+    """What was computed with adapters that were injected and taken out again between two tokens is not shared."""
+    of = copy.deepcopy(model("llama"))
+    ids = prompts()["input_ids"][-1:, -6:]
+    pool = poisoned_pool(of)
+    with paged_cache.patch(of), torch.no_grad():
+        cache = PagedCache(pool)
+        of(ids, past_key_values=cache)
+        wrapped = lora(of, "a")
+        for token in range(20, 30):
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+            of(ids[:, -1:], past_key_values=cache)
+        wrapped.unload().eval()
+        del cache
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        tokens, entered = generate(of, pool, inputs)
+        assert torch.equal(tokens, expected(of, inputs))
+        assert entered == 16 - 4 + 4
+
+
 def test_hash_collisions_are_no_hits():
     """Token ids whose hashes collide in Python are told apart."""
     of = model("llama")

@@ -1,5 +1,8 @@
 """The pool as the scheduler sees it: what requests need, share and give back."""
 
+import copy
+
+import peft
 import pytest
 import torch
 
@@ -221,3 +224,21 @@ def test_changed_weights_end_sharing():
     compute(pool, first, first.rows[0], 6)
     memory.begin_step([first])
     assert memory.look(make_request(first.rows[0].tokens)).num_cached == 0
+
+
+def test_adapters_that_come_and_go_end_sharing():
+    """What a running row computes while adapters are in the model is not taken for the model's own once they are gone."""
+    of = copy.deepcopy(tiny("llama"))
+    memory = PoolMemory(poisoned_pool(of, 100, BLOCK), shares_prefixes=True)
+    memory.begin_step([])
+    first = make_request(prompt(6))
+    memory.admit(first)
+    compute(memory.pool, first, first.rows[0], 6)
+    memory.begin_step([first])
+    wrapped = peft.get_peft_model(of, peft.LoraConfig(r=4, target_modules=["k_proj"])).eval()
+    memory.begin_step([first])
+    first.rows[0].tokens += prompt(6, 5)
+    compute(memory.pool, first, first.rows[0], 6)
+    wrapped.unload().eval()
+    memory.begin_step([first])
+    assert memory.look(make_request(first.rows[0].tokens)).num_cached == 4

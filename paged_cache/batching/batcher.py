@@ -1,6 +1,5 @@
 """`ContinuousBatcher`: many requests on one model and one pool."""
 
-import threading
 import time
 import weakref
 from collections import Counter
@@ -92,9 +91,8 @@ class ContinuousBatcher:
             raise
         self._inputs = InputProcessor(inner, tokenizer, clock)
         self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer)
-        self._loop = EngineLoop(self._engine)
-        self._door = threading.Lock()
-        self._is_closed = False
+        self._loop = EngineLoop(self._engine, max_queue_size)
+        self._loop.end_with(self)
 
     def generate(
         self,
@@ -145,7 +143,7 @@ class ContinuousBatcher:
             for request in requests:
                 if not request.handle.done:
                     while not self._enter(request):
-                        self._loop.wait(self._has_room)
+                        self._loop.wait(self._loop.has_room)
         return handles
 
     def submit(
@@ -187,7 +185,7 @@ class ContinuousBatcher:
         request = self._inputs.make(self._inputs.read(prompt), options, generation_config, generate_kwargs)
         self._hold(request)
         if not self._enter(request):
-            waiting = f"{self._num_waiting()} requests wait, max_queue_size is {self.max_queue_size}"
+            waiting = f"{self._loop.num_waiting} requests wait, max_queue_size is {self.max_queue_size}"
             self._engine.reject(request, InvalidRequestError(f"the queue is full: {waiting}."))
         handle: RequestHandle = request.handle
         return handle
@@ -209,10 +207,8 @@ class ContinuousBatcher:
 
     def close(self) -> None:
         """Ends what is not over with finish reason "abort", gives all blocks back and unpatches the model."""
-        if not self._is_closed:
-            self._loop.stop()
-            self._is_closed = True
-            self._unpatch()
+        self._loop.stop()
+        self._unpatch()
 
     def __enter__(self) -> "ContinuousBatcher":
         return self
@@ -241,7 +237,7 @@ class ContinuousBatcher:
         return request
 
     def _hold(self, request: Request) -> None:
-        if request.request_id in self._engine.requests or request.request_id in self._loop.pending:
+        if self._loop.is_under_way(request.request_id):
             raise InvalidRequestError(f"request_id {request.request_id!r} is under way: every request needs its own.")
         request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel, self)
 
@@ -253,21 +249,10 @@ class ContinuousBatcher:
         if error is not None:
             self._engine.reject(request, error)
             return True
-        with self._door:
-            if not self._has_room():
-                return False
-            self._loop.pending[request.request_id] = request  # counts from here on
-        self._loop.enter(request)
-        return True
-
-    def _num_waiting(self) -> int:
-        return self._engine.scheduler.num_waiting + len(self._loop.pending)
-
-    def _has_room(self) -> bool:
-        return self.max_queue_size is None or self._num_waiting() < self.max_queue_size
+        return self._loop.try_enter(request)
 
     def _require_open(self) -> None:
-        if self._is_closed:
+        if self._loop.is_over:
             raise PagedCacheError("this batcher is closed: make a new one, ContinuousBatcher(model, pool).")
 
 

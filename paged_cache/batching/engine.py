@@ -2,13 +2,15 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 
 from ..compat import is_out_of_memory, logger
 from ..errors import InvalidRequestError, OutOfBlocksError
+from .deadlines import Deadlines
 from .forwards import Forward
 from .plan import StepPlan
 from .pool_memory import PoolMemory
@@ -60,33 +62,41 @@ class Engine:
         self._budget: int | None = None
         self._good_steps = 0
         self._blocked_since: float | None = None
-        self._num_deadlines = 0
+        self._deadlines = Deadlines()
 
     def add(self, *requests: Request) -> None:
-        """Lets requests wait for their turn; those that come together are ordered together."""
+        """Lets requests wait for their turn; those that come together are ordered together.
+
+        Raises:
+            KeyboardInterrupt: Or whatever else is no `Exception`: add them again, those that are in are left alone.
+        """
         new = []
         for request in requests:
-            if request.request_id in self.requests:
-                self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
+            if request.handle.done:
                 continue
-            self.requests[request.request_id] = request
-            self._num_deadlines += request.deadline is not None
-            new.append(request)
+            known = self.requests.setdefault(request.request_id, request)
+            if known is not request:
+                self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
+            elif request.number < 0:
+                self._deadlines.add(request)
+                new.append(request)
         try:
-            self.scheduler.add(*new)
-        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
-            if len(new) == 1:
-                self.finish(new[0], "error", error)
-            else:
-                self._add_one_by_one(new)
+            self._add_new(new)
+        except BaseException:
+            for request in new:
+                if request.number < 0:
+                    self._forget(request)
+            raise
 
-    def _add_one_by_one(self, requests: list[Request]) -> None:
-        """The policy fails for one of them: only that one is to suffer."""
-        for request in requests:
-            try:
-                self.scheduler.add(request)
-            except Exception as error:  # noqa: BLE001, PERF203 (see above)
-                self.finish(request, "error", error)
+    def _add_new(self, requests: list[Request]) -> None:
+        try:
+            self.scheduler.add(*requests)
+        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
+            if len(requests) == 1:
+                self.finish(requests[0], "error", error)
+            else:  # only the one that it fails for is to suffer
+                for request in requests:
+                    self._add_new([request])
 
     def step(self) -> bool:
         """Executes one step; whether anything was computed.
@@ -95,90 +105,79 @@ class Engine:
             KeyboardInterrupt: Or whatever else is no `Exception`: the step is taken back, all requests go on.
         """
         start = self._clock()
-        self._expire(start)
+        for request in self._deadlines.pop_due(start):
+            self.finish(request, "timeout")
         with torch.no_grad():
-            plan, logits = self._compute()
-            if plan is None:
-                self._look_blocked(start)
-                return False
-            try:
-                self.outputs.process(plan, logits, self._clock())
-            except BaseException:
-                self._rewind(plan)
-                raise
-        self.num_steps += 1
-        self.step_seconds += self._clock() - start
-        return True
+            is_done = self._compute()
+        if is_done:
+            self.num_steps += 1
+            self.step_seconds += self._clock() - start
+        return is_done
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """Ends a request, in whatever state: its blocks go back, and its handle gets the one and only output."""
-        if self.requests.pop(request.request_id, None) is None:
+        if not self._forget(request):
             return
         decoding = request.decoding
-        if reason in ("stop", "length"):
-            self.scheduler.observe_output(request, max(map(len, decoding.sequences()), default=0))
-        self._num_deadlines -= request.deadline is not None
-        self.scheduler.remove(request)
-        request.held.clear()
-        decoding.close()
-        if decoding.streamer is not None:  # also after an error: somebody may be waiting for what comes next
-            try:
-                decoding.streamer.end()
-            except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
-                reason, error = "error", error or raised
-            except BaseException:
-                self._tell(request, reason, None)
-                raise
-        self._tell(request, reason, error)
+        try:
+            if reason in ("stop", "length"):
+                self.scheduler.observe_output(request, max(map(len, decoding.sequences()), default=0))
+            self.scheduler.remove(request)
+            decoding.close()
+        except Exception as raised:  # noqa: BLE001 (whatever is wrong, nobody is to wait for the end forever)
+            reason, error = "error", error or raised
+        finally:
+            self._tell(request, reason, error)
 
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""
         self._tell(request, "rejected", error)
 
+    def _forget(self, request: Request) -> bool:
+        """Whether the request was not over yet."""
+        if self.requests.get(request.request_id) is not request:
+            return False
+        del self.requests[request.request_id]
+        self._deadlines.discard(request)
+        return True
+
     def _tell(self, request: Request, reason: str, error: Exception | None) -> None:
-        self.finished[reason] += 1
-        if error is not None:
-            logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, type(error).__name__, error)
-        request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
+        """Whoever reads the streamer or holds the handle hears of the end."""
+        streamer = request.decoding.streamer
+        try:
+            if streamer is not None:
+                streamer.end()
+        except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
+            if error is None:
+                reason, error = "error", raised
+        finally:
+            self.finished[reason] += 1
+            if error is not None:
+                kind = type(error).__name__
+                logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, kind, error)
+            request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
 
-    def _expire(self, now: float) -> None:
-        if self._num_deadlines:
-            for request in [r for r in self.requests.values() if r.deadline is not None and r.deadline <= now]:
-                self.finish(request, "timeout")
-
-    def _look_blocked(self, now: float) -> None:
-        """Nothing gets on although there are requests: their blocks are held outside the batcher, but not forever."""
-        if not self.requests:
-            self._blocked_since = None
-            return
-        self._blocked_since = now if self._blocked_since is None else self._blocked_since
-        if now - self._blocked_since >= BLOCKED_SECONDS:
-            self._blocked_since = None
-            waiting = sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
-            first = [*self.scheduler.running, *waiting][0]
-            needed = sum(self.memory.growth(row, row.num_tokens - row.num_computed) for row in first.rows)
-            self.finish(first, "error", OutOfBlocksError(needed, self.memory.num_free))
-
-    def _compute(self) -> tuple[StepPlan | None, torch.Tensor]:
-        """Plans and executes, again with less if memory runs out. No plan if there is nothing to compute, or all of it failed."""
+    def _compute(self) -> bool:
+        """Plans, executes and gives out tokens, again with less if memory runs out; whether that came to its end."""
         least = 2**62
         while True:
             self.memory.begin_step(self.scheduler.running)
             plan = self.scheduler.schedule(self._budget)
+            if not plan.chunks:
+                return self._wait_for_blocks()
             self._begin(plan)
             if not plan.chunks:
-                return None, torch.empty(0)
+                continue
             count = sum(chunk.num_tokens for chunk in plan.chunks)
             try:
-                logits = self._execute(plan, count)
+                self._execute(plan, count)
             except OutOfBlocksError:  # somebody outside the batcher took blocks since the plan was made
                 self._rewind(plan)
-                victim = self.scheduler.preempt()
-                if victim is None:
-                    return None, torch.empty(0)
-                victim.held.clear()
+                if self.scheduler.preempt() is None:
+                    return self._wait_for_blocks()
             except Exception as error:  # noqa: BLE001 (whatever the model raises, the others go on)
                 self._rewind(plan)
+                self._blocked_since = None
                 if not is_out_of_memory(error):
                     return self._fail(plan.chunks, error)
                 if not 1 < count < least:  # a prompt that is computed in one piece may be more than the budget
@@ -190,7 +189,23 @@ class Engine:
                 raise
             else:
                 self._recover()
-                return plan, logits
+                return True
+
+    def _wait_for_blocks(self) -> bool:
+        """Nothing gets on: if there are requests, their blocks are held outside the batcher, but not forever."""
+        now, first = self._clock(), next(chain(self.scheduler.running, self._waiting()), None)
+        if first is None:
+            self._blocked_since = None
+            return False
+        self._blocked_since = now if self._blocked_since is None else self._blocked_since
+        if now - self._blocked_since >= BLOCKED_SECONDS:
+            self._blocked_since = None
+            needed = sum(self.memory.growth(row, row.num_tokens - row.num_computed) for row in first.rows)
+            self.finish(first, "error", OutOfBlocksError(needed, self.memory.num_free))
+        return False
+
+    def _waiting(self) -> Iterator[Request]:
+        yield from sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
 
     def _use_less(self, count: int) -> None:
         """A step of so many tokens ran out of memory."""
@@ -199,7 +214,7 @@ class Engine:
         if self.memory.pool.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _execute(self, plan: StepPlan, count: int) -> torch.Tensor:
+    def _execute(self, plan: StepPlan, count: int) -> None:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
         start = time.perf_counter()
         logits = self.forward(plan.chunks)
@@ -209,7 +224,7 @@ class Engine:
         self.num_tokens += count
         self.peak_blocks = max(self.peak_blocks, self.memory.num_blocks - self.memory.num_free)
         self.scheduler.observe_step(seconds, count, kv_tokens)
-        return logits
+        self.outputs.process(plan, logits, self._clock())
 
     def _begin(self, plan: StepPlan) -> None:
         for request in plan.preempted:
@@ -238,7 +253,7 @@ class Engine:
             if self._budget >= self.scheduler.max_num_batched_tokens:
                 self._budget = None
 
-    def _fail(self, chunks: list[Chunk], error: Exception) -> tuple[None, torch.Tensor]:
+    def _fail(self, chunks: list[Chunk], error: Exception) -> bool:
         for request in {id(chunk.request): chunk.request for chunk in chunks}.values():
             self.finish(request, "error", error)
-        return None, torch.empty(0)
+        return False

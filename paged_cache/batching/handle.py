@@ -19,7 +19,7 @@ class RequestHandle:
         request_id: Of the request.
         wait: Called with a condition and seconds (or None): returns when the condition holds.
         cancel: Ends the request.
-        owner: The batcher, which lives as long as somebody may wait.
+        owner: The batcher, which lives until the request is over.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class RequestHandle:
         with self._ending:
             self._output = output
         self._tell(None)
+        self._owner = None
 
     def _tell(self, token: int | None) -> None:
         for listener in self._listeners:

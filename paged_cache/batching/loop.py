@@ -2,9 +2,10 @@
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 
 from ..compat import logger
@@ -13,8 +14,17 @@ from .beam_search import is_beam_search
 from .engine import Engine
 from .request import Request
 
-IDLE_SECONDS = 0.001
-"""Pause after a step in which nothing could be computed."""
+IDLE_SECONDS = 0.01
+"""Pause after a step in which nothing could be computed: blocks are held outside the batcher."""
+
+
+class _End:
+    """Holds nothing and takes no lock: whatever a finalizer holds is alive, and it runs in the middle of anything."""
+
+    has_come = False
+
+    def come(self) -> None:
+        self.has_come = True
 
 
 class EngineLoop:
@@ -22,34 +32,59 @@ class EngineLoop:
 
     Args:
         engine: Whose steps; nobody else may use it.
+        max_queue_size: Requests that may wait; None for any number.
 
     Attributes:
         pending: Requests that the engine does not know yet, by id.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, max_queue_size: int | None = None) -> None:
+        self._engine, self._max_queue_size = engine, max_queue_size
         self.pending: dict[str, Request] = {}
         self._inbox: deque[Request | str] = deque()
+        self._door = threading.RLock()  # closed while requests go from the inbox to the engine
         self._stepping = threading.Lock()
         self._stepper: int | None = None
         self._changed = threading.Condition()
         self._num_waiters = 0
         self._thread: threading.Thread | None = None
-        self._is_over = False
+        self._end = _End()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was stopped."""
+        return self._end.has_come
 
     @property
     def has_work(self) -> bool:
         """Whether requests are not over."""
         return bool(self._engine.requests or self._inbox)
 
-    def enter(self, request: Request) -> None:
-        """Hands a request to the engine's next step."""
-        self.pending[request.request_id] = request
-        self._inbox.append(request)
-        if self._is_over and not self._is_inside():
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those in the inbox included."""
+        with self._door:
+            return self._engine.scheduler.num_waiting + len(self.pending)
+
+    def has_room(self) -> bool:
+        """Whether one more may wait."""
+        return self._max_queue_size is None or self.num_waiting < self._max_queue_size
+
+    def is_under_way(self, request_id: str) -> bool:
+        """Whether a request of this name is not over."""
+        return request_id in self._engine.requests or request_id in self.pending
+
+    def try_enter(self, request: Request) -> bool:
+        """Hands a request to the engine's next step; False if the queue is full."""
+        with self._door:
+            if not self.has_room():
+                return False
+            self.pending[request.request_id] = request
+            self._inbox.append(request)
+        if self.is_over and not self._is_inside():
             self._end_all("abort")
         self._tell()
+        return True
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; it is over when this returns, or when the step that calls this is."""
@@ -69,7 +104,9 @@ class EngineLoop:
         try:
             with self._exclusive():
                 self._drain()
-                return self._engine.step()
+                is_done = self._engine.step()
+                self._drain()  # who was cancelled in the step is over with it
+                return is_done
         finally:
             self._tell()
 
@@ -88,14 +125,18 @@ class EngineLoop:
                 raise TimeoutError(f"not within {timeout} seconds; the request goes on.")
             if self._is_served():
                 self._wait_for_change(lambda: is_met() or not self._is_served(), min(left, 1.0))
-            elif not self.step():
+            elif not self.step() and not is_met():
                 time.sleep(min(left, IDLE_SECONDS))
 
     def start(self) -> None:
         """A thread of its own steps from now on."""
-        if self._thread is None:
+        if not self._is_started():
             self._thread = threading.Thread(target=self._run, name="paged-cache-batcher", daemon=True)
             self._thread.start()
+
+    def end_with(self, owner: object) -> None:
+        """When the owner is garbage, so is the thread, if there is one, soon."""
+        weakref.finalize(owner, self._end.come)
 
     def stop(self) -> None:
         """Ends the thread, and all requests with finish reason "abort".
@@ -104,40 +145,45 @@ class EngineLoop:
             PagedCacheError: Called from inside a step.
         """
         self._require_outside()
-        self._is_over = True
+        self._end.come()
         self._tell()
         if self._thread is not None:
             self._thread.join()
         self._end_all("abort")
 
     def _run(self) -> None:
-        while not self._is_over:
-            if not self.has_work:
-                self._wait_for_change(lambda: self.has_work or self._is_over, 1.0)
-            else:
-                self._step_alone()
+        while not self.is_over:
+            try:
+                self._serve()
+            except BaseException:  # noqa: BLE001, PERF203 (the step was taken back, the next one goes on)
+                logger.exception("a step was interrupted")
 
-    def _step_alone(self) -> None:
-        """A step whose errors nobody else would see."""
+    def _serve(self) -> None:
+        """Waits for work, or does a step whose errors nobody else would see."""
+        if not self.has_work:
+            self._wait_for_change(lambda: self.has_work or self.is_over, 1.0)
+            return
         try:
             if not self.step():
                 time.sleep(IDLE_SECONDS)
         except Exception as error:  # noqa: BLE001 (whoever waits shall hear of it)
             logger.exception("a step failed")
             self._end_all("error", error)
-        except BaseException:  # noqa: BLE001 (the step was taken back, the next one goes on)
-            logger.exception("a step was interrupted")
 
     def _end_all(self, reason: str, error: Exception | None = None) -> None:
         with self._exclusive():
             self._drain()
-            for request in list(self._engine.requests.values()):
-                self._engine.finish(request, reason, error)
+            with ExitStack() as stack:  # goes on whatever is raised
+                for request in reversed(list(self._engine.requests.values())):
+                    stack.callback(self._engine.finish, request, reason, error)
         self._tell()
+
+    def _is_started(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _is_served(self) -> bool:
         """Whether somebody steps."""
-        return self._thread is not None or self._stepping.locked()
+        return self._is_started() or self._stepping.locked()
 
     def _is_inside(self) -> bool:
         """Whether this was called by a streamer, a processor or a listener."""
@@ -157,20 +203,23 @@ class EngineLoop:
                 self._stepper = None
 
     def _drain(self) -> None:
-        items = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        for kind, group in groupby(items, type):
+        """Takes in what is in the inbox. Each leaves it when that is done: an interrupt loses nobody."""
+        for kind, group in groupby(self._inbox.copy(), type):
             if kind is str:
                 for request_id in group:
-                    self._end(str(request_id))
+                    self._abort(str(request_id))
+                    self._inbox.popleft()
             else:
                 self._take([item for item in group if isinstance(item, Request)])
 
     def _take(self, requests: list[Request]) -> None:
-        self._engine.add(*requests)
-        for request in requests:
-            self.pending.pop(request.request_id, None)
+        with self._door:
+            self._engine.add(*requests)
+            for request in requests:
+                self.pending.pop(request.request_id, None)
+                self._inbox.popleft()
 
-    def _end(self, request_id: str) -> None:
+    def _abort(self, request_id: str) -> None:
         if request_id in self._engine.requests:
             self._engine.finish(self._engine.requests[request_id], "abort")
 

@@ -109,7 +109,7 @@ class Scheduler:
         Sets `number`, `predicted_tokens`, `work` and `key`; `arrival_time` is the caller's.
 
         Raises:
-            InvalidRequestError: One has more rows than may run, was added before, or its key is no number. None is added.
+            InvalidRequestError: One has more rows than may run, was added before, or priority, key or lane is no number. None is added.
         """
         for request in requests:
             if request.number >= 0:
@@ -121,12 +121,7 @@ class Scheduler:
             self.estimates.assess(request)
         outlook = self.estimates.outlook(self._clock(), self._lines.work + sum(request.work for request in requests))
         for request in requests:
-            request.key = self.policy.key(request, outlook)
-            self.policy.lane(request)  # what it raises, it raises before the request is in any line
-            if request.key != request.key:
-                raise InvalidRequestError(
-                    f"policy {self.policy.name!r} gave request {request.request_id!r} the key NaN."
-                )
+            self._lines.give_key(request, outlook)
         for request in requests:
             self._lines.arrive(request)
         self._num_arrived += len(requests)

@@ -1,11 +1,17 @@
 """Requests that wait, in the order of a policy and with a bound on overtaking. Plain Python."""
 
+import logging
 from bisect import bisect_left, insort
 from collections.abc import Generator, Iterator
 from heapq import heapify, heappop, heappush
+from numbers import Real
+from typing import Any
 
-from .policy import Policy
+from ..errors import InvalidRequestError
+from .policy import Outlook, Policy
 from .request import Request
+
+logger = logging.getLogger(__name__)
 
 Entry = tuple[float, int, Request]
 
@@ -35,6 +41,7 @@ class Line:
         self._arrivals: list[Entry] = []
         self._members: dict[Request, None] = {}
         self.num_arrived = self.num_admitted = self.num_live = 0
+        self._has_warned = False
 
     def __len__(self) -> int:
         return len(self._members)
@@ -99,10 +106,22 @@ class Line:
             if not heap:
                 del self._lanes[lane]
                 continue
-            rank = self._policy.rank(heap[0][0], lane, now)
+            rank = self._rank(heap[0][0], lane, now)
             if best is None or (rank, heap[0][1]) < (best_rank, best[0][1]):
                 best, best_rank = heap, rank
         return heappop(best)[2] if best else None
+
+    def _rank(self, key: float, lane: float, now: float) -> float:
+        """What the policy says; the key, if it fails: that is no request's fault."""
+        try:
+            return float(self._policy.rank(key, lane, now))
+        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
+            if not self._has_warned:
+                logger.warning(
+                    "policy %r cannot rank, keys are taken: %s: %s", self._policy.name, type(error).__name__, error
+                )
+            self._has_warned = True
+            return key
 
     def _compact(self) -> None:
         """Drops the entries of requests that do not wait, and those that are there twice."""
@@ -137,6 +156,21 @@ class WaitingLines:
     def __iter__(self) -> Iterator[Request]:
         for priority in self._priorities:
             yield from self._lines[priority]
+
+    def give_key(self, request: Request, outlook: Outlook) -> None:
+        """Sets the key of a request that is to arrive.
+
+        Raises:
+            InvalidRequestError: What would order it is no number.
+        """
+        key, lane = self._policy.key(request, outlook), self._policy.lane(request)
+        given: dict[str, Any] = {"priority": request.priority, "key": key, "lane": lane}
+        for name, value in given.items():
+            if not isinstance(value, Real) or value != value:
+                raise InvalidRequestError(
+                    f"{name} {value!r} of request {request.request_id!r} (policy {self._policy.name!r}): a number is needed."
+                )
+        request.key = key
 
     def arrive(self, request: Request) -> None:
         """Gives a new request its number and lets it wait."""

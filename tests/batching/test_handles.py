@@ -345,14 +345,17 @@ def test_thread_of_the_batcher_survives_interrupts(error):
         assert tokens(other.result(timeout=PATIENCE) for other in others) == expected()
 
 
-def test_thread_of_the_batcher_survives_a_policy():
-    """A policy that cannot rank: requests end with the cause, and nobody waits forever."""
-    with batching(policy=Unordered("rank")) as batcher:
-        batcher.start()
+@pytest.mark.parametrize("is_started", [False, True])
+def test_policy_that_cannot_rank(is_started, caplog):
+    """No request ends because a policy fails at ranking: they are served by their keys, and people are told once."""
+    with batching(policy=Unordered("rank"), max_num_seqs=1) as batcher:
+        if is_started:
+            batcher.start()
         outputs = [handle.result(timeout=PATIENCE) for handle in submit_all(batcher)]
-        assert reasons(outputs) == ["error"] * len(PROMPTS)
-        assert str(outputs[0].error) == "rank"
-        assert batcher.stats().num_waiting == batcher.stats().num_running == 0
+        assert tokens(outputs) == expected()
+    assert [record.message for record in caplog.records if "cannot rank" in record.message] == [
+        "policy 'unordered' cannot rank, keys are taken: ValueError: rank"
+    ]
 
 
 def test_text_streamer_in_another_thread():

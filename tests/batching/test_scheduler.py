@@ -88,7 +88,7 @@ def test_own_policies():
     machine.run()
 
     assert names(machine.admitted) == ["4", "3", "2", "1", "0"]
-    with pytest.raises(InvalidRequestError, match="NaN"):
+    with pytest.raises(InvalidRequestError, match="key nan"):
         machine.add(make_request(7, tenant="x"))
     with pytest.raises(InvalidRequestError, match="'sjf', 'fcfs', 'sjf-no-aging', 'hrrn'"):
         Machine(policy="srpt")

@@ -1,7 +1,6 @@
 """transformers' own beam search over forked rows: its loop runs in a thread and waits where it would call the model."""
 
 import copy
-import queue
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import PagedCacheError
+from .decoding import is_late, read_criteria, start_clocks
+from .exchange import Closed, Exchange
 from .preparing import Prepared
 from .request import Row
 from .shadow import shadow
@@ -35,7 +36,7 @@ class Turn(NamedTuple):
 
 
 class BeamSearch:
-    """The beams of one request; see `Decoding`.
+    """The beams of one request; see `request.Search`.
 
     Args:
         model: Whose `_beam_search` runs.
@@ -52,7 +53,7 @@ class BeamSearch:
     def __init__(self, model: PreTrainedModel, prepared: Prepared, generator: torch.Generator | None) -> None:
         self.prompt_ids: list[int] = prepared.input_ids[0].tolist()
         self.num_rows = len(prepared.input_ids)
-        self.max_length = int(prepared.config.max_length)
+        self.max_length, self._eos_ids, self._criteria = read_criteria(prepared.criteria)
         self.max_new_tokens = max(self.max_length - len(self.prompt_ids), 1)
         self.rows: list[Row] = []
         self.reasons: list[str | None] = [None]
@@ -62,11 +63,11 @@ class BeamSearch:
         self._prepared, self._generator = prepared, generator
         self._cache, self._randomness = _BeamCache(), _Randomness(generator)
         self._shadow = shadow(model, __call__=self._forward, _reorder_cache=_reorder)
-        self._logits: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
-        self._turns: queue.SimpleQueue[Turn | Exception | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._is_asked = False
+        self._exchange = Exchange()
+        self._thread = threading.Thread(target=self._run, name="paged-cache-beam-search", daemon=True)
+        self._num_accepted = self._num_answered = 0
         self._found: list[list[int]] = []
+        _threads.add(self._thread)
 
     @property
     def is_complete(self) -> bool:
@@ -78,37 +79,50 @@ class BeamSearch:
         return self._found or [row.tokens[len(self.prompt_ids) :] for row in self.rows]
 
     def begin(self) -> None:
-        """Nothing: time counts from the first turn of the loop."""
+        """The first token is about to be computed: from here on `max_time` counts."""
+        start_clocks(self._criteria)
 
     def advance(self, logits: torch.Tensor) -> Turn | None:
-        """Lets the loop choose.
+        """Lets the loop choose; says the same again until it is accepted.
+
+        The engine waits meanwhile, with all its requests: up to `PATIENCE` if a processor of this one hangs.
 
         Args:
             logits: `[num_rows, vocab_size]` behind each row's last token.
 
         Returns:
             What the rows do next; None if the search is over.
+
+        Raises:
+            Exception: What the loop raised.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="paged-cache-beam-search", daemon=True)
-            _threads.add(self._thread)
+        if self._thread.ident is None:
             self._thread.start()
-        if not self._is_asked:  # it is where the wait for an answer was interrupted
-            self._logits.put(logits)
-            self._is_asked = True
         try:
-            turn = self._turns.get(timeout=PATIENCE)
-            self._is_asked = False
-        except queue.Empty:
+            turn: Turn | Exception | None = self._exchange.ask(self._num_accepted, logits, PATIENCE)
+        except TimeoutError:
             raise PagedCacheError(f"the beam search took longer than {PATIENCE:.0f} s for one token.") from None
         if isinstance(turn, Exception):
             raise turn
         return turn
 
+    def accept(self, turn: Turn, rows: list[Row]) -> None:
+        """Goes on with `rows`, which `turn.parents` name, and a token more on each; all or nothing."""
+        lengths = [len(row.tokens) for row in rows]
+        before, number = self.rows, self._num_accepted
+        try:
+            for row, token in zip(rows, turn.tokens, strict=True):
+                row.tokens.append(token)
+            self.rows, self._num_accepted = rows, number + 1
+        except BaseException:
+            self.rows, self._num_accepted = before, number
+            for row, length in zip(rows, lengths, strict=True):
+                del row.tokens[length:]
+            raise
+
     def close(self) -> None:
         """Ends the loop, wherever it is."""
-        if self._thread is not None:
-            self._logits.put(None)
+        self._exchange.close()
 
     def _run(self) -> None:
         prepared = self._prepared
@@ -116,6 +130,7 @@ class BeamSearch:
         config.return_dict_in_generate = True
         kwargs = {**prepared.model_kwargs, "past_key_values": self._cache, "use_cache": True}
         try:
+            self._exchange.question(0)
             self._randomness.swap()
             with torch.no_grad():
                 output = type(self._shadow)._beam_search(
@@ -128,7 +143,7 @@ class BeamSearch:
                 )
             self._read(output)
             self._hand_over(None)
-        except _Ended:
+        except Closed:
             pass
         except Exception as error:  # noqa: BLE001 (it is raised where the engine waits)
             self._hand_over(error)
@@ -138,7 +153,8 @@ class BeamSearch:
     def _hand_over(self, turn: Turn | Exception | None) -> None:
         """The engine goes on; the global random numbers are everybody's again."""
         self._randomness.swap()
-        self._turns.put(turn)
+        self._num_answered += 1
+        self._exchange.answer(self._num_answered - 1, turn)
 
     def _forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         """Stands in the place of the model: asks the engine for the logits behind `input_ids`."""
@@ -146,9 +162,7 @@ class BeamSearch:
         self._cache.length += input_ids.shape[1]
         if not is_first:
             self._hand_over(Turn(self._cache.take_parents(self.num_rows), input_ids[:, -1].tolist()))
-        logits = self._logits.get()
-        if logits is None:
-            raise _Ended
+        logits = self._exchange.question(self._num_answered)
         if not is_first:
             self._randomness.swap()
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self._cache)
@@ -160,11 +174,15 @@ class BeamSearch:
             ids[start : start + length] for ids, length in zip(output.sequences.tolist(), lengths, strict=True)
         ]
         self.sequences_scores, self.scores, self.logits = output.sequences_scores, output.scores, output.logits
-        self.reasons = ["length" if start + len(ids) >= self.max_length else "stop" for ids in self._found]
+        self.reasons = [self._reason(ids) for ids in self._found]
 
-
-class _Ended(BaseException):
-    """Leaves a loop whose request is gone."""
+    def _reason(self, ids: list[int]) -> str:
+        """Why a sequence ended. `max_time` cuts those that have a token of the last turn."""
+        length = len(self.prompt_ids) + len(ids)
+        if length >= self.max_length:
+            return "length"
+        is_cut = length > self._cache.length and ids[-1] not in self._eos_ids
+        return "timeout" if is_cut and is_late(self._criteria) else "stop"
 
 
 class _BeamCache(DynamicCache):

@@ -30,7 +30,7 @@ NEEDS_IDS = {processes.RepetitionPenaltyLogitsProcessor}
 
 
 class Decoding:
-    """Greedy search or sampling.
+    """Greedy search or sampling; see `request.Search`.
 
     Args:
         prepared: The request as `generate` understands it.
@@ -53,7 +53,7 @@ class Decoding:
         self.num_rows = len(prepared.input_ids)
         self.do_sample = bool(config.do_sample)
         self.own, self.shared, self.shared_key = _split(prepared.processors)
-        self.max_length, self.eos_ids, self.criteria = _read(prepared.criteria)
+        self.max_length, self.eos_ids, self.criteria = read_criteria(prepared.criteria)
         self.max_new_tokens = max(self.max_length - len(self.prompt_ids), 1)
         self.rows: list[Row] = []
         self.reasons: list[str | None] = [None] * self.num_rows
@@ -87,9 +87,7 @@ class Decoding:
 
     def begin(self) -> None:
         """The first token is about to be computed: from here on `max_time` counts."""
-        for criterion in self.criteria:
-            if isinstance(criterion, criteria_.MaxTimeCriteria):
-                criterion.initial_timestamp = time.time()
+        start_clocks(self.criteria)
 
     def sequences(self) -> list[list[int]]:
         """Generated tokens of each sequence."""
@@ -181,7 +179,7 @@ def _is_shared(processor: Any) -> bool:
     return type(processor) in SHARED and all(option is None for option in options)
 
 
-def _read(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:
+def read_criteria(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:
     """The longest length, the tokens that end a sequence, and the criteria that have to be asked."""
     max_length, eos_ids, others = [2**62], set(), []
     for criterion in criteria:
@@ -192,3 +190,18 @@ def _read(criteria: Any) -> tuple[int, frozenset[int], list[Any]]:
         else:
             others.append(criterion)
     return min(max_length), frozenset(eos_ids), others
+
+
+def start_clocks(criteria: list[Any]) -> None:
+    """From now on `max_time` counts."""
+    for timer in _timers(criteria):
+        timer.initial_timestamp = time.time()
+
+
+def is_late(criteria: list[Any]) -> bool:
+    """Whether `max_time` is over."""
+    return any(time.time() - timer.initial_timestamp > timer.max_time for timer in _timers(criteria))
+
+
+def _timers(criteria: list[Any]) -> list[Any]:
+    return [criterion for criterion in criteria if isinstance(criterion, criteria_.MaxTimeCriteria)]

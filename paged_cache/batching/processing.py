@@ -91,8 +91,10 @@ class OutputProcessor:
         if len(decoding.rows) < decoding.num_rows:  # the prompt is computed: here the rows part
             self._forward.settle()
             (only,) = request.held.values()
-            request.rows = self._memory.fork(request.rows[0], decoding.num_rows)
-            decoding.rows = list(request.rows)
+            try:
+                decoding.rows = self._memory.fork(decoding.rows[0], decoding.num_rows)
+            finally:  # wherever an interrupt comes, both have the same rows
+                request.rows = list(decoding.rows)
             request.held = {id(row): only for row in request.rows}
         parts = [request.held.get(id(row)) for row in decoding.rows]
         request.held = {}
@@ -135,15 +137,15 @@ class OutputProcessor:
         except Exception as error:  # noqa: BLE001 (a user's processor may raise anything)
             self._finish(request, "error", error)
             return
+        if turn is not None:
+            self._forward.settle()
+            try:
+                search.accept(turn, self._memory.select(search.rows, turn.parents))
+            finally:  # wherever an interrupt comes, both have the same rows
+                request.rows = list(search.rows)
         self._note(request, now, search.num_rows)
         if turn is None:
             self._finish(request, search.reasons[0] or "stop", None)
-            return
-        self._forward.settle()
-        request.rows = self._memory.select(search.rows, turn.parents)
-        search.rows = list(request.rows)
-        for row, token in zip(search.rows, turn.tokens, strict=True):
-            row.tokens.append(token)
 
     def _note(self, request: Request, now: float, count: int) -> None:
         self.num_generated += count

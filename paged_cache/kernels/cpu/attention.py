@@ -64,7 +64,7 @@ def paged_attention(
     varying = query, key_cache, value_cache, sinks, alibi_slopes, position_bias, key_scales, value_scales
     kind = None if memo is None else (scale, window, chunk, softcap, *map(_look, varying))
     launch: Launch | None = None if memo is None else memo.get(kind)
-    query = query if query.stride(3) == 1 else query.contiguous()
+    query = query if query.stride()[-1:] == (1,) else query.contiguous()
     # Each tensor that is made here has to live until the kernel has run.
     sinks, alibi_slopes, position_bias = _float32(sinks), _float32(alibi_slopes), _float32(position_bias)
     if launch is None or not launch.is_ours:

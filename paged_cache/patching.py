@@ -1,10 +1,12 @@
 """`patch` and `unpatch`: attention of one model reads blocks in place."""
 
 import inspect
+import threading
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -24,6 +26,13 @@ NAME = "paged_cache"
 """The attention implementation, as `model.config._attn_implementation` shows it."""
 
 _patches: "weakref.WeakKeyDictionary[torch.nn.Module, _Patch]" = weakref.WeakKeyDictionary()
+
+
+_holders: "weakref.WeakKeyDictionary[torch.nn.Module, set[object]]" = weakref.WeakKeyDictionary()
+"""By model: who needs the patch. It is there while there is one; `patch` and `unpatch` speak for `_USER`."""
+
+_USER = "patch"
+_lock = threading.RLock()
 
 
 class Patched(AbstractContextManager["Patched"]):
@@ -50,19 +59,26 @@ def patch(model: torch.nn.Module) -> Patched:
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is no transformers model: nothing in it can be patched.")
-    if _find(inner) is not None:
-        return Patched(inner, is_owner=False)
-    _patches[inner] = _Patch(inner)
-    return Patched(inner, is_owner=True)
+    return Patched(inner, is_owner=_add_holder(inner, _USER))
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Takes `patch` back, without a trace. A model that is not patched stays as it is."""
+    """Takes `patch` back, without a trace. A model that is not patched stays as it is.
+
+    While a `ContinuousBatcher` is open, its model stays patched until the last one is closed.
+    """
     inner = base_model(model)
-    applied = _find(inner)
-    if applied is not None:
-        del _patches[inner]
-        applied.remove(inner)
+    if _find(inner) is not None:
+        _remove_holder(inner, _USER)
+        if _find(inner) is not None:
+            logger.info("%s stays patched until its last open batcher is closed", type(inner).__name__)
+
+
+def hold(model: torch.nn.Module) -> Callable[[], None]:
+    """Keeps a transformers model patched, whatever others do, until the function is called that this returns."""
+    holder = object()
+    _add_holder(model, holder)
+    return partial(_remove_holder, model, holder)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
@@ -70,11 +86,36 @@ def is_patched(model: torch.nn.Module) -> bool:
     return _find(base_model(model)) is not None
 
 
+def _add_holder(model: torch.nn.Module, holder: object) -> bool:
+    """Patches a model that is not patched yet; whether the holder is a new one."""
+    with _lock:
+        _find(model)
+        holders = _holders.setdefault(model, set())
+        is_new = holder not in holders
+        holders.add(holder)  # first: the garbage collector may let another one go at any time
+        if model not in _patches:
+            _patches[model] = _Patch(model)
+        return is_new
+
+
+def _remove_holder(model: torch.nn.Module, holder: object) -> None:
+    """Unpatches a model that nobody else holds."""
+    with _lock:
+        holders = _holders.get(model, set())
+        holders.discard(holder)
+        if not holders and model in _patches:
+            _patches[model].remove(model)
+            del _patches[model]
+
+
 def _find(model: torch.nn.Module) -> "_Patch | None":
     """The patch of a model. A copy of a patched model carries the hooks; its patch is made when it is first asked for."""
-    hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Before)]
-    if hooks and model not in _patches:
-        _patches[model] = _Patch(model, copied_from=hooks[0])
+    if model not in _patches:
+        with _lock:
+            hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Before)]
+            if hooks and model not in _patches:
+                _holders[model] = {_USER}
+                _patches[model] = _Patch(model, copied_from=hooks[0])
     return _patches.get(model)
 
 

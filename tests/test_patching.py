@@ -1,6 +1,7 @@
 """`patch` changes one model, once, and `unpatch` leaves no trace."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import paged_cache
-from paged_cache import PagedCache, attention, state
+from paged_cache import BlockPool, ContinuousBatcher, PagedCache, attention, state
 from tests.architectures.tiny import build
 from tests.models import KINDS, model, poisoned_pool, prompts
 
@@ -66,6 +67,72 @@ def test_idempotent():
     with paged_cache.patch(of):
         assert trace(of) == once
     assert trace(of) == once
+    paged_cache.unpatch(of)
+    assert trace(of) == before
+
+
+def batcher(of):
+    """A batcher on a pool of its own."""
+    return ContinuousBatcher(of, BlockPool.for_model(of, num_blocks=50, block_size=4))
+
+
+def forget(batchers):
+    """Lets a batcher go without closing it."""
+    batchers.pop(0)
+    gc.collect()
+
+
+@pytest.mark.parametrize("end", [lambda batchers: batchers.pop(0).close(), forget], ids=["close", "collect"])
+def test_batchers_of_one_model(end):
+    """Each keeps the model patched, whichever ends first and however; with the last the model is as before."""
+    of = copy.deepcopy(model("llama"))
+    before, options = trace(of), {**GREEDY, "progress_bar": False}
+    batchers = [batcher(of) for _ in range(3)]
+    expected = [output.generated_tokens for output in batchers[0].generate([[5, 6, 7]], **options)]
+    while batchers:
+        for each in batchers:
+            assert [output.generated_tokens for output in each.generate([[5, 6, 7]], **options)] == expected
+        assert paged_cache.is_patched(of)
+        each = None
+        end(batchers)
+    assert trace(of) == before
+
+
+def test_a_batcher_is_made_anew():
+    """A name that is given to a new batcher lets the old one go, and the new one works."""
+    of = copy.deepcopy(model("llama"))
+    for _ in range(3):
+        mine = batcher(of)
+    gc.collect()
+    assert mine.generate([[5, 6, 7]], **GREEDY, progress_bar=False)[0].finish_reason == "length"
+    mine.close()
+    assert not paged_cache.is_patched(of)
+
+
+def test_unpatch_while_a_batcher_is_open(caplog):
+    """It takes effect when the batcher is closed, and says so; it takes nothing from the batcher."""
+    of = copy.deepcopy(model("llama"))
+    before = trace(of)
+    with batcher(of) as mine, caplog.at_level(logging.INFO, logger="paged_cache"):
+        with paged_cache.patch(of):
+            pass
+        paged_cache.patch(of)
+        paged_cache.unpatch(of)
+        assert "stays patched" in caplog.text
+        assert mine.generate([[5, 6, 7]], **GREEDY, progress_bar=False)[0].error is None
+    assert trace(of) == before
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_patch_outlives_a_batcher(is_first):
+    """What the user patches, before or after a batcher is made, only `unpatch` takes back."""
+    of = copy.deepcopy(model("llama"))
+    before = trace(of)
+    if is_first:
+        paged_cache.patch(of)
+    with batcher(of):
+        paged_cache.patch(of)
+    assert paged_cache.is_patched(of)
     paged_cache.unpatch(of)
     assert trace(of) == before
 

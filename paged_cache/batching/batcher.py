@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidRequestError, PagedCacheError
-from ..patching import patch
+from ..patching import hold
 from ..pool import BlockPool
 from .engine import Engine
 from .forwards import choose_forward
@@ -73,8 +73,7 @@ class ContinuousBatcher:
         default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
         self.pool, self.max_queue_size = pool, max_queue_size
         self._clock, self._tokenizer = clock, tokenizer
-        patched = patch(inner)
-        self._unpatch = weakref.finalize(self, patched.__exit__, None, None, None)
+        self._unpatch = weakref.finalize(self, hold(inner))
         try:
             forward = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
             self._memory = PoolMemory(pool, shares_prefixes=forward.name == "packed")

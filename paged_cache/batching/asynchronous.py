@@ -1,7 +1,8 @@
 """`AsyncContinuousBatcher`: the batcher for asyncio, over one background thread."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,8 @@ from .stats import BatcherStats
 class AsyncRequestHandle:
     """`async for` tokens, `await handle.result()`, or `cancel` it; see `RequestHandle`.
 
-    A task that is cancelled while it waits takes its request with it, so that nobody computes for a client who left.
+    A task that is cancelled while it waits takes its request with it, so that nobody computes for a client who left. Leaving
+    `async for` by `break` does not: the request goes on until it is over or `cancel` is called.
     """
 
     def __init__(self, handle: RequestHandle) -> None:
@@ -108,15 +110,21 @@ class AsyncContinuousBatcher:
         self._batcher = ContinuousBatcher(model, pool, **options).start()
 
     async def submit(self, prompt: Any, generation_config: Any = None, **options: Any) -> AsyncRequestHandle:
-        """Hands a request in; see `ContinuousBatcher.submit`."""
-        handle = await asyncio.to_thread(self._batcher.submit, prompt, generation_config, **options)
+        """Hands a request in; see `ContinuousBatcher.submit`. Cancelled, it ends it."""
+        (handle,) = await _hand_in(lambda is_left: [self._batcher.submit(prompt, generation_config, **options)])
         return AsyncRequestHandle(handle)
 
-    async def generate(self, prompts: Any, generation_config: Any = None, **options: Any) -> list[RequestOutput]:
+    async def generate(
+        self, prompts: Any, generation_config: Any = None, *, attention_mask: Any = None, **options: Any
+    ) -> list[RequestOutput]:
         """Generates for all prompts; see `ContinuousBatcher.generate`. Cancelled, it ends its requests."""
-        options |= {"generation_config": generation_config}
-        handles = await asyncio.to_thread(self._batcher.submit_all, prompts, **options)
-        return await asyncio.gather(*[AsyncRequestHandle(handle).result() for handle in handles])
+        options = {"generation_config": generation_config, **options}
+        handles = await _hand_in(lambda is_left: self._batcher._submit_all(is_left, prompts, attention_mask, options))
+        try:
+            return await asyncio.gather(*[AsyncRequestHandle(handle).result() for handle in handles])
+        except BaseException:
+            _cancel_soon(handles)
+            raise
 
     def stats(self) -> BatcherStats:
         """What is under way and what was done so far."""
@@ -133,3 +141,36 @@ class AsyncContinuousBatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+async def _hand_in(function: Callable[[Callable[[], bool]], list[RequestHandle]]) -> list[RequestHandle]:
+    """What a function hands in, in a thread; it is ended if the task is cancelled meanwhile.
+
+    Args:
+        function: Called with a function that says whether the task was cancelled.
+    """
+    handles: list[RequestHandle] = []
+    left = threading.Event()
+
+    def call() -> None:
+        handles.extend(function(left.is_set))
+        if left.is_set():
+            _cancel(handles)
+
+    try:
+        await asyncio.to_thread(call)
+    except asyncio.CancelledError:
+        left.set()
+        _cancel_soon(handles)  # what the thread handed in before it could know
+        raise
+    return handles
+
+
+def _cancel(handles: list[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+def _cancel_soon(handles: list[RequestHandle]) -> None:
+    """In another thread: each waits for the step that is under way."""
+    asyncio.get_running_loop().run_in_executor(None, _cancel, list(handles))

@@ -132,6 +132,12 @@ class ContinuousBatcher:
 
         Waits while the queue is full. A prompt that cannot be served has a handle, too, with finish reason "rejected".
         """
+        return self._submit_all(lambda: False, prompts, attention_mask, options)
+
+    def _submit_all(
+        self, is_left: Callable[[], bool], prompts: Any, attention_mask: Any, options: dict[str, Any]
+    ) -> list[RequestHandle]:
+        """Gives up, and ends the requests, if it `is_left` while the queue is full."""
         self._require_open()
         items = as_prompts(prompts, attention_mask, self._inputs.pad_token_id(options))
         rows = per_prompt(options, len(items))
@@ -140,9 +146,10 @@ class ContinuousBatcher:
         handles: list[RequestHandle] = [request.handle for request in requests]
         with _cancelling(handles):
             for request in requests:
-                if not request.handle.done:
-                    while not self._enter(request):
-                        self._loop.wait(self._loop.has_room)
+                while not (request.handle.done or self._enter(request)):
+                    self._loop.wait(lambda: is_left() or self._loop.has_room())
+                    if is_left():
+                        raise PagedCacheError("nobody waits for these requests any more.")
         return handles
 
     def submit(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import TopPLogitsWarper
 
-from paged_cache import OutOfBlocksError, PagedCache
+from paged_cache import InvalidRequestError, OutOfBlocksError, PagedCache
 from paged_cache.batching import engine as engine_module
 from paged_cache.batching.policy import Policy
 from tests.batching.alone import alone, prompt, tiny
@@ -417,6 +418,104 @@ class Unordered(Policy):
     def rank(self, key, lane, now):
         self._do("rank")
         return key
+
+
+def failing_top_p(monkeypatch, number, error):
+    """Lets the processor that requests share raise at one call."""
+    original, calls = TopPLogitsWarper.__call__, []
+
+    def call(self, input_ids, scores):
+        calls.append(len(scores))
+        if len(calls) == number:
+            raise error
+        return original(self, input_ids, scores)
+
+    monkeypatch.setattr(TopPLogitsWarper, "__call__", call)
+
+
+def with_top_p():
+    """Prompts and options; the first two share a processor."""
+    shared = {**SAMPLED, "top_p": 0.8}
+    own = [{**shared, "seed": 1}, {**shared, "seed": 2, "num_return_sequences": 2}, {}, {}, {}]
+    return [(ids, {**GREEDY, **options}) for ids, options in zip(PROMPTS, own, strict=True)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_out_of_memory_in_a_shared_processor(name, number, monkeypatch):
+    """The step is tried with less, and all requests end with the right tokens; the caller of `step` sees nothing."""
+    want = [alone(tiny(name), ids, **options) for ids, options in with_top_p()]
+    failing_top_p(monkeypatch, number, OutOfMemory())
+    with batching(name) as batcher:
+        outputs = run(batcher, [batcher.submit(ids, **options) for ids, options in with_top_p()])
+        assert [output.sequences for output in outputs] == want
+
+
+def test_shared_processor_that_raises(monkeypatch):
+    """Requests of the step end with the cause, others are served."""
+    error = ValueError("the shared one")
+    want = [alone(tiny("llama"), ids, **options) for ids, options in with_top_p()]
+    failing_top_p(monkeypatch, 2, error)
+    with batching(max_num_seqs=3) as batcher:
+        outputs = run(batcher, [batcher.submit(ids, **options) for ids, options in with_top_p()])
+        assert {output.error for output in outputs} == {error, None}
+        assert all(output.error or output.sequences == right for output, right in zip(outputs, want, strict=True))
+        assert is_free(batcher.pool)
+
+
+def test_slow_failures_are_not_blocked():
+    """Forwards that fail, however late, say nothing about blocks: who waits behind them is served."""
+    now = [0.0]
+    with batching(max_num_seqs=1, clock=lambda: now[0]) as batcher:
+        handles = submit_all(batcher)
+
+        def fails(number, _):
+            now[0] += 6
+            return number <= 3
+
+        with failing(tiny("llama"), fails, RuntimeError("the model broke")):
+            for _ in range(3):
+                batcher.step()
+        assert sorted(reasons(run(batcher, handles))) == ["error"] * 3 + ["length"] * 2
+        assert not any(isinstance(handle.result().error, OutOfBlocksError) for handle in handles)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("raises", [False, True])
+def test_interrupt_in_a_policy(number, raises):
+    """Ctrl-C while requests get their keys loses none of them, also if another one cannot get a key."""
+
+    class Interrupting(Policy):
+        calls = 0
+
+        def key(self, request, outlook):
+            self.calls += 1
+            if self.calls == number:
+                raise KeyboardInterrupt
+            return float("nan") if raises and len(request.prompt_ids) == len(PROMPTS[3]) else 0.0
+
+    policy = Interrupting()
+    with batching(policy=policy) as batcher:
+        handles = submit_all(batcher, timeout=1000)
+        outputs = run(batcher, handles)
+        assert reasons(outputs) == ["length"] * 3 + ["error" if raises else "length", "length"]
+        assert policy.calls > number
+        assert batcher.stats().num_waiting == 0
+
+
+@pytest.mark.parametrize("key", [None, "first", 1j, [1.0]], ids=str)
+def test_keys_that_are_no_numbers(key):
+    """They would stop everybody's order: their request ends with a clear error, the others are served."""
+
+    class Odd(Policy):
+        def key(self, request, outlook):
+            return key if len(request.prompt_ids) == len(PROMPTS[3]) else 0
+
+    with batching(policy=Odd()) as batcher:
+        outputs = run(batcher, submit_all(batcher))
+        assert reasons(outputs) == ["length"] * 3 + ["error", "length"]
+        assert isinstance(outputs[3].error, InvalidRequestError)
+        assert "a number is needed" in str(outputs[3].error)
 
 
 @pytest.mark.parametrize("method", ["key", "nan", "lane"])

@@ -381,6 +381,18 @@ def test_text_streamer_after_a_failure():
     assert streamer.calls[-1] == "end"
 
 
+def test_text_streamer_of_a_rejected_request():
+    """Whoever reads a streamer hears of the end also if the request never began, whatever the streamer raises."""
+    with batching(num_blocks=8, max_queue_size=1) as batcher:
+        full = batcher.submit(PROMPTS[0], **GREEDY)
+        for ids, streamer in ((prompt(50), Streamer()), (PROMPTS[0], Streamer()), (PROMPTS[0], Streamer("end"))):
+            output = batcher.submit(ids, **GREEDY, streamer=streamer).result(timeout=0)
+            assert output.finish_reason == "rejected"
+            assert str(output.error) != "the streamer"
+            assert streamer.calls == ["end"]
+        assert tokens(run(batcher, [full])) == expected(PROMPTS[0])
+
+
 # The queue
 
 

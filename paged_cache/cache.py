@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import InvalidRequestError
 from .layers import copy_states, paged_layer
+from .memory.prefix import exact_salt
 from .model_spec import cache_layers
 from .pool import BlockPool
 from .prompt import Prompt
@@ -39,7 +40,7 @@ class PagedCache(DynamicCache):
             raise InvalidRequestError(
                 f"cache_salt is {cache_salt!r}; it has to be hashable, such as a string."
             ) from None
-        self._build(PagedState(pool, (type(cache_salt), cache_salt)))
+        self._build(PagedState(pool, exact_salt(cache_salt)))
 
     def _build(self, state: PagedState) -> None:
         self._state = state

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import paged_cache
-from paged_cache import BlockPool, PagedCache
+from paged_cache import BlockPool, ContinuousBatcher, PagedCache
 from tests.models import TokenCounter, assert_whole, model, poisoned_pool, prompts
 
 GREEDY = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -110,6 +110,18 @@ def test_salt_separates_tenants():
         assert PagedCache.for_prompt(pool, **inputs, cache_salt="a").get_seq_length() == 40
         assert PagedCache.for_prompt(pool, **inputs, cache_salt="b").get_seq_length() == 0
         assert PagedCache.for_prompt(pool, **inputs).get_seq_length() == 0
+
+
+@pytest.mark.parametrize("salt", [None, "a", (1, "a")])
+def test_caches_and_batchers_share_prefixes(salt):
+    """What a batcher computed under a salt, a cache of this salt takes, and one of a salt that only looks equal does not."""
+    of, ids = model("llama"), SYSTEM[:17]
+    pool = poisoned_pool(of)
+    with ContinuousBatcher(of, pool) as batcher:
+        batcher.generate([ids], cache_salt=salt, max_new_tokens=2, progress_bar=False)
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 17, dtype=torch.long)}
+    assert PagedCache.for_prompt(pool, **inputs, cache_salt=salt).get_seq_length() == 16
+    assert PagedCache.for_prompt(pool, **inputs, cache_salt=(True, "a")).get_seq_length() == 0
 
 
 def optimizer_step(of, pool):

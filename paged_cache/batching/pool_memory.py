@@ -2,7 +2,8 @@
 
 from collections.abc import Hashable
 
-from ..memory.prefix import PrefixNode
+from ..memory.prefix import PrefixNode, exact_salt
+from ..memory.windows import Windows
 from ..pool import BlockPool
 from .plan import Prefix
 from .request import Chunk, Request, Row
@@ -18,10 +19,10 @@ class PoolMemory:
 
     def __init__(self, pool: BlockPool, shares_prefixes: bool) -> None:
         self.pool, self._manager = pool, pool.manager
-        self._shares_prefixes = shares_prefixes
+        self._shares_prefixes = shares_prefixes and pool.manager.prefix_caching
         self.num_blocks, self.block_size = pool.num_blocks, pool.block_size
-        self._windows = pool.storage.layout.windows
-        self._has_windows = any(window is not None for window in self._windows)
+        windows = pool.storage.layout.windows
+        self._windows, self._has_windows = Windows(windows, pool.block_size), any(windows)
         self._keys: dict[Hashable, Hashable] = {}
         self._light_key: Hashable = None
         self._coming: set[tuple[int, tuple[int, ...]]] = set()
@@ -45,27 +46,23 @@ class PoolMemory:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a row of so many tokens holds, in all layer groups."""
-        size = self.block_size
-        num_blocks = -(-num_tokens // size)
-        if not self._has_windows:
-            return num_blocks * len(self._windows)
-        return sum(
-            num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
-            for window in self._windows
-        )
+        num_blocks = -(-num_tokens // self.block_size)
+        return sum(self._windows.held(num_blocks)) if self._has_windows else num_blocks * len(self._windows)
 
     def blocks_at_most(self, request: Request, whole_prompt: bool) -> int:
-        """Blocks that a request holds at its longest, alone in the pool."""
-        size, rows = self.block_size, request.num_rows
+        """Blocks that a request holds at its longest, alone in the pool.
+
+        After a preemption all tokens are computed again, in one piece if `whole_prompt`. Then a row has blocks of the
+        prompt to itself where prefixes are not shared, or where the other rows' are behind a window already.
+        """
         num_tokens = request.num_prompt_tokens + request.max_new_tokens - 1  # the last one is never computed
-        num_blocks, shared = -(-num_tokens // size), request.num_prompt_tokens // size
-        total = 0
-        for window in self._windows:
-            held = num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
-            common = min(shared, held)
-            prefill = -(-request.num_prompt_tokens // size) if whole_prompt else 0
-            total += max(common + rows * (held - common), prefill)
-        return total
+        num_blocks = -(-num_tokens // self.block_size)
+        shared = request.num_prompt_tokens // self.block_size if self._shares_prefixes else 0
+        return sum(
+            (request.num_rows - 1) * (held - shared if held == num_blocks else held)
+            + (num_blocks if whole_prompt else held)
+            for held in self._windows.held(num_blocks)
+        )
 
     def growth(self, row: Row, num_tokens: int) -> int:
         """Most new blocks that computing so many more tokens of a row takes."""
@@ -119,7 +116,8 @@ class PoolMemory:
             self._coming.add(self._next_block(sequence.node, row.tokens))
 
     def release(self, request: Request) -> None:
-        """Takes all blocks of a request's rows."""
+        """Takes all blocks of a request's rows; logits that wait would come again with their tokens."""
+        request.held.clear()
         for row in request.rows:
             self.release_row(row)
 
@@ -155,7 +153,7 @@ class PoolMemory:
         """All that the request's K and V depend on besides its tokens; asked once per step, since it takes time."""
         if not self._shares_prefixes:
             return None
-        salt = type(request.cache_salt), request.cache_salt
+        salt = exact_salt(request.cache_salt)
         if salt not in self._keys:
             self._keys[salt] = self.pool.root_key(salt, 0)
         return self._keys[salt]

@@ -8,6 +8,11 @@ from ..errors import PagedCacheError
 Tokens = tuple[int, ...]
 
 
+def exact_salt(salt: Hashable) -> Hashable:
+    """What stands for a salt in keys: 1, 1.0 and True are equal in Python, in tuples, too, but different salts."""
+    return type(salt), tuple(map(exact_salt, salt)) if isinstance(salt, tuple) else salt
+
+
 class PrefixNode:
     """One full block of tokens behind a known prefix: the prefix is the path from a root to this node.
 

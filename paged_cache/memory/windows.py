@@ -26,6 +26,14 @@ class Windows:
             0 if window is None else max(num_tokens - window + 1, 0) // self._block_size for window in self._windows
         ]
 
+    def held(self, num_blocks: int) -> list[int]:
+        """Per group most blocks that a sequence of so many keeps: its window may begin and end within a block."""
+        size = self._block_size
+        return [
+            num_blocks if window is None else min(num_blocks, (window + size - 2) // size + 1)
+            for window in self._windows
+        ]
+
     def usable(self, nodes: list[PrefixNode], limit: int) -> int:
         """The longest start of `nodes`, up to `limit` tokens, of which every group has what the next token sees."""
         usable, missing = 0, [-1] * len(self)

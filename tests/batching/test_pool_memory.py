@@ -91,6 +91,55 @@ def test_blocks_at_most(num_rows):
         assert_whole(pool)
 
 
+def grow(memory, request, num_tokens, most):
+    """Rows decode to a length, a token each at a time; never with more blocks than were said."""
+    for token in range(num_tokens):
+        for number, row in enumerate(request.rows):
+            row.tokens.append(100 + 10 * number + token)
+            compute(memory.pool, request, row, 1)
+            assert in_use(memory.pool) <= most
+
+
+@pytest.mark.parametrize("whole_prompt", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize(("length", "num_new"), [(9, 3), (40, 20), (5, 60)])
+def test_rows_that_lost_their_blocks_fit_again(name, shares, whole_prompt, length, num_new):
+    """Several rows that are computed anew, one after the other, need no more blocks than were said at `submit`."""
+    memory, pool = make(name, shares=shares, num_blocks=300)
+    memory.begin_step([])
+    request = make_request(prompt(length), max_new_tokens=2 * num_new + 1, num_rows=3)
+    most = memory.blocks_at_most(request, whole_prompt)
+    memory.admit(request)
+    for _ in range(length):
+        compute(pool, request, request.rows[0], 1)
+    request.rows = memory.fork(request.rows[0], 3)
+    grow(memory, request, num_new, most)
+    pool.manager.clear_prefix_cache()
+    memory.release(request)
+    pool.manager.clear_prefix_cache()
+    memory.admit(request)
+    for row in request.rows:
+        while row.num_computed < row.num_tokens:
+            compute(pool, request, row, row.num_tokens - row.num_computed if whole_prompt else 1)
+        assert in_use(pool) <= most
+    grow(memory, request, num_new, most)
+    if name == "llama" and not shares:
+        assert in_use(pool) == most
+    memory.release(request)
+    assert_whole(pool)
+
+
+def test_logits_go_with_the_blocks():
+    """Logits that wait for those of sister rows are given up with the blocks, since they will come again."""
+    memory, _ = make()
+    request = make_request(prompt(5))
+    memory.admit(request)
+    request.held = {id(request.rows[0]): torch.zeros(3)}
+    memory.release(request)
+    assert request.held == {}
+
+
 def test_shared_blocks_count_when_they_are_written():
     """The first token of a forked row takes a block more where the last one is shared and not full."""
     memory, pool = make()
@@ -144,7 +193,9 @@ def test_a_known_prompt_leaves_a_token_to_compute():
     assert_whole(pool)
 
 
-@pytest.mark.parametrize("salts", [("a", "b"), (1, True), (1, "1"), (None, 0)])
+@pytest.mark.parametrize(
+    "salts", [("a", "b"), (1, True), (1, "1"), (None, 0), ((1,), (True,)), (("a", (1, 2)), ("a", (1.0, 2)))]
+)
 def test_salts(salts):
     """Requests of different salts share nothing, also where Python calls the salts equal."""
     memory, pool = make()

@@ -56,7 +56,7 @@ class Engine:
         self._clock, self._tokenizer = clock, tokenizer
         self.requests: dict[str, Request] = {}
         self.finished: Counter[str] = Counter()
-        self.outputs = OutputProcessor(forward, memory, self.finish)
+        self.outputs = OutputProcessor(forward, memory, scheduler, self.finish)
         self.num_steps = self.num_tokens = self.peak_blocks = 0
         self.forward_seconds = self.step_seconds = 0.0
         self._budget: int | None = None
@@ -227,8 +227,6 @@ class Engine:
         self.outputs.process(plan, logits, self._clock())
 
     def _begin(self, plan: StepPlan) -> None:
-        for request in plan.preempted:
-            request.held.clear()
         fresh = [chunk.request for chunk in plan.chunks if not chunk.request.decoding.rows]
         for request in fresh:
             self.outputs.begin(request)
@@ -240,7 +238,6 @@ class Engine:
         self.forward.settle()
         for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
             if any(row.num_computed == row.num_tokens for row in request.rows):
-                request.held.clear()
                 self.memory.release(request)
                 self.memory.admit(request)
 

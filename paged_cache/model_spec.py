@@ -58,15 +58,19 @@ class ModelSpec:
         return self.has_plain_attention and self.config.model_type not in _SEE_MORE_THAN_EARLIER_TOKENS
 
     @cached_property
+    def has_length_dependent_rope(self) -> bool:
+        """Whether positions are encoded by the length of the longest row, so that rows and forwards affect each other."""
+        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        return bool(_rope_types(rope) & _LENGTH_DEPENDENT_ROPE)
+
+    @cached_property
     def is_prefix_exact(self) -> bool:
         """Whether K and V of a token depend on the tokens before it and on nothing else in a cache."""
-        decoder = self.config
-        rope = getattr(decoder, "rope_parameters", None) or getattr(decoder, "rope_scaling", None) or {}
         return (
             self._kinds <= _ORDINARY
             and self.ignores_padding
-            and not decoder.is_encoder_decoder
-            and not _rope_types(rope) & _LENGTH_DEPENDENT_ROPE
+            and not self.config.is_encoder_decoder
+            and not self.has_length_dependent_rope
         )
 
 

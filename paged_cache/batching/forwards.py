@@ -13,6 +13,7 @@ from .packed_forward import PackedForward
 from .padded_forward import OneByOneForward, PaddedForward
 from .pool_memory import PoolMemory
 from .request import Chunk, Request, Row
+from .rope_forward import RopeForward
 
 CAUGHT = (
     PagedCacheError,
@@ -62,10 +63,11 @@ def choose_forward(model: Any, pool: BlockPool) -> Forward:
     """
     inner = base_model(model)
     assert isinstance(inner, PreTrainedModel)
-    ways: list[Callable[[Any, BlockPool], Forward]] = [PackedForward, PaddedForward, OneByOneForward]
+    single = RopeForward if pool.spec.has_length_dependent_rope else OneByOneForward
+    ways: list[Callable[[Any, BlockPool], Forward]] = [PackedForward, PaddedForward, single]
     with torch.no_grad():
         try:
-            expected = _trial(OneByOneForward(inner, _trial_pool(inner, pool)), is_interleaved=False)
+            expected = _trial(single(inner, _trial_pool(inner, pool)), is_interleaved=False)
         except CAUGHT as error:
             raise UnsupportedModelError(f"{type(inner).__name__} cannot be batched: {error}") from error
         for way in ways:
@@ -82,6 +84,8 @@ def _why_not(way: Any, model: PreTrainedModel, pool: BlockPool, expected: torch.
         return "a token depends on more than the tokens before it and their positions"
     if way is PaddedForward and not pool.spec.ignores_padding:
         return "padding is stored"
+    if way is PaddedForward and pool.spec.has_length_dependent_rope:
+        return "the longest row decides how positions are encoded"
     try:
         logits = _trial(way(model, _trial_pool(model, pool)), is_interleaved=True)
     except CAUGHT as error:

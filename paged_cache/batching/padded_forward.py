@@ -43,14 +43,19 @@ class PaddedForward:
         """Computes the chunks' tokens; see `PackedForward`. If one fails, `num_computed` of those before it is what it would be."""
         decoding = [chunk.row for chunk in chunks if self._goes_together(chunk)]
         logits = {id(row): x for row, x in zip(decoding, self._decode(decoding) if decoding else [], strict=True)}
-        for _, row, num_tokens in chunks:
-            if id(row) not in logits:
-                self._prefill(row, num_tokens, logits)
+        for chunk in chunks:
+            if id(chunk.row) not in logits:
+                for num_tokens in self._pieces(chunk):
+                    self._prefill(chunk.row, num_tokens, logits)
         ready = [logits[id(row)] for _, row, _ in chunks if id(row) in logits]
         return torch.stack(ready) if ready else torch.empty(0, 1)
 
     def _goes_together(self, chunk: Chunk) -> bool:
         return chunk.row.num_computed > 0
+
+    def _pieces(self, chunk: Chunk) -> list[int]:
+        """Tokens of each forward for a chunk that runs by itself."""
+        return [chunk.num_tokens]
 
     def _prefill(self, row: Row, num_tokens: int, logits: dict[int, torch.Tensor]) -> None:
         start, end = row.num_computed, row.num_computed + num_tokens
@@ -117,22 +122,25 @@ class PaddedForward:
         device, q_len = self.pool.device, len(ids[0])
         columns = torch.arange(length, device=device)
         mask = (columns >= torch.tensor(pads, device=device)[:, None]).long()
-        inputs: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
+        inputs: dict[str, Any] = {"use_cache": True}
         if self._has_mask:
             inputs["attention_mask"] = mask
         if self._has_positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -q_len:]
         if self._can_select:
             inputs["logits_to_keep"] = 1
-        is_first = q_len == length
-        inputs = self._inner.prepare_inputs_for_generation(
-            torch.tensor(ids, device=device), is_first_iteration=is_first, **inputs
-        )
+        inputs = self._prepare(torch.tensor(ids, device=device), cache, inputs, is_first=q_len == length)
         output = self.model(**inputs, return_dict=True)
         if _remembers_more(getattr(output, self._cache_name, cache), cache):
             raise UnsupportedModelError("it keeps more between forwards than the cache that it is given.")
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    def _prepare(self, ids: torch.Tensor, cache: PagedCache, inputs: dict[str, Any], is_first: bool) -> dict[str, Any]:
+        """What the model makes of the inputs of a forward."""
+        inputs = inputs | {self._cache_name: cache}
+        prepared: dict[str, Any] = self._inner.prepare_inputs_for_generation(ids, is_first_iteration=is_first, **inputs)
+        return prepared
 
 
 class OneByOneForward(PaddedForward):

@@ -102,10 +102,10 @@ class Forecast:
 
     def _unborn(self, request: Request, num_rows: int) -> int:
         """Blocks of its own that each row yet to be forked needs at once."""
-        return (request.num_rows - max(num_rows, 1)) * self._memory.blocks_for(1)
+        return (request.num_live - max(num_rows, 1)) * self._memory.blocks_for(1)
 
     def _course(self, request: Request, known: int, held: float, length: int) -> Course:
         num_steps = num_remaining(request, length - request.num_prompt_tokens)
-        blocks_for, num_rows = self._memory.blocks_for, request.num_rows
+        blocks_for, num_rows = self._memory.blocks_for, request.num_live
         now = known if num_rows == 1 else num_rows * blocks_for(length)
         return Course(num_steps, (num_rows * blocks_for(int(length + num_steps)) - now) / num_steps, held)

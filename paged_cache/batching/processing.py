@@ -13,6 +13,7 @@ from .output import RequestMetrics, RequestOutput
 from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .request import Request
+from .scheduler import Scheduler
 
 Finish = Callable[[Request, str, Exception | None], None]
 
@@ -25,14 +26,15 @@ class OutputProcessor:
     Args:
         forward: Is told before rows are forked.
         memory: Forks, selects and releases rows.
+        scheduler: Is told of rows that are complete.
         finish: Called with a request, its finish reason and its error or None.
 
     Attributes:
         num_generated: Tokens chosen, of all rows.
     """
 
-    def __init__(self, forward: Forward, memory: PoolMemory, finish: Finish) -> None:
-        self._forward, self._memory, self._finish = forward, memory, finish
+    def __init__(self, forward: Forward, memory: PoolMemory, scheduler: Scheduler, finish: Finish) -> None:
+        self._forward, self._memory, self._scheduler, self._finish = forward, memory, scheduler, finish
         self.num_generated = 0
 
     def begin(self, request: Request) -> None:
@@ -129,6 +131,7 @@ class OutputProcessor:
             if reason is not None and row in request.rows:
                 self._memory.release_row(row)
                 request.rows.remove(row)
+        self._scheduler.shrink(request)
 
     def _turn(self, request: Request, logits: torch.Tensor, now: float) -> None:
         search: BeamSearch = request.decoding

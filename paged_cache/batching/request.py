@@ -54,6 +54,7 @@ class Request:
         status: See `Status`.
         arrival_time, admitted_time: On the batcher's clock; the first admission counts.
         cached_tokens: Prompt tokens that the pool had at the first admission.
+        num_live: Rows that run or will run: all but the complete ones.
         num_preemptions: How often it lost its blocks.
         number: Arrivals of its priority before it.
         key: Its place in the order, smallest first; never changes.
@@ -88,6 +89,10 @@ class Request:
     held: dict[int, Any] = field(default_factory=dict)
     predicted_tokens: float = 0.0
     work: float = 0.0
+    num_live: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_live = self.num_rows
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -152,6 +152,14 @@ class Scheduler:
         self._lines.push(victim)
         return victim
 
+    def shrink(self, request: Request) -> None:
+        """Some rows of a running request are complete and gone: others may have their slots and blocks."""
+        num_gone = request.num_live - len(request.rows)
+        if num_gone:
+            request.num_live -= num_gone
+            self.num_running_seqs -= num_gone
+            self._refused_at = -1
+
     def observe_output(self, request: Request, num_tokens: int) -> None:
         """Learns from a request that ended by itself and had generated so many tokens per row."""
         self.estimates.observe_output(request, num_tokens)
@@ -248,7 +256,7 @@ class Scheduler:
 
     def _can_admit(self, request: Request, prefix: Prefix, forecast: Forecast, room: Room) -> bool:
         """Whether a request finds a slot for each row, blocks for its first piece, and, by forecast, all others."""
-        if request.num_rows > self.max_num_seqs - self.num_running_seqs:
+        if request.num_live > self.max_num_seqs - self.num_running_seqs:
             return False
         if prefix.is_coming:
             self._refused_at = -1
@@ -269,14 +277,14 @@ class Scheduler:
             self._num_admitted += 1
         request.status = Status.RUNNING
         self.running.append(request)
-        self.num_running_seqs += request.num_rows
+        self.num_running_seqs += request.num_live
         plan.admitted.append(request)
         self._plan_prompts(plan, room, [(request, row, row.num_tokens - row.num_computed) for row in request.rows])
 
     def _stop(self, request: Request) -> None:
         """Takes slots and blocks of a running request."""
         self.running.remove(request)
-        self.num_running_seqs -= request.num_rows
+        self.num_running_seqs -= request.num_live
         self.memory.release(request)
         self._refused_at = -1
 

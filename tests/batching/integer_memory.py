@@ -43,8 +43,11 @@ class IntegerMemory:
 
     def release(self, request):
         for row in request.rows:
-            self.num_free += row.num_blocks
-            row.num_blocks = row.num_computed = 0
+            self.release_row(row)
+
+    def release_row(self, row):
+        self.num_free += row.num_blocks
+        row.num_blocks = row.num_computed = 0
 
     def compute(self, row, num_tokens):
         """What a forward does: takes the blocks that the tokens need."""

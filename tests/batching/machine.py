@@ -39,7 +39,7 @@ class Machine:
     def sample(self, request):
         if any(row.num_computed < row.num_tokens for row in request.rows):
             return
-        while len(request.rows) < request.num_rows:  # copies all blocks, or none: then it is computed anew
+        while len(request.rows) < request.num_live:  # copies all blocks, or none: then it is computed anew
             row = IntRow(request.rows[0].num_tokens)
             request.rows.append(row)
             if self.memory.growth(row, row.num_tokens) <= self.memory.num_free:
@@ -50,6 +50,12 @@ class Machine:
             self.ended.append(request)
             self.scheduler.remove(request)
             self.scheduler.observe_output(request, request.max_new_tokens)
+
+    def complete(self, request, row):
+        """One of several rows ends before the others."""
+        self.memory.release_row(row)
+        request.rows.remove(row)
+        self.scheduler.shrink(request)
 
     def run(self, limit=10_000):
         """Until nothing is left to do."""

@@ -72,6 +72,14 @@ class Serving(RuleBasedStateMachine):
         self.machine.scheduler.remove(request)
         self.cancelled.append(request)
 
+    @rule(data=st.data())
+    @precondition(lambda self: any(len(request.rows) > 1 for request in self.machine.scheduler.running))
+    def complete_a_row(self, data):
+        running = [request for request in self.machine.scheduler.running if len(request.rows) > 1]
+        request = data.draw(st.sampled_from(running))
+        self.machine.complete(request, data.draw(st.sampled_from(request.rows)))
+        assert request.num_live == len(request.rows)
+
     @rule()
     def preempt(self):
         before = self.machine.scheduler.num_running
@@ -91,7 +99,7 @@ class Serving(RuleBasedStateMachine):
         waiting = [request for request in self.requests if request.status is Status.WAITING]
         assert sorted(map(id, running)) == sorted(map(id, scheduler.running))
         assert sorted(map(id, waiting)) == sorted(map(id, scheduler.waiting))
-        assert sum(request.num_rows for request in running) == scheduler.num_running_seqs <= SLOTS
+        assert sum(request.num_live for request in running) == scheduler.num_running_seqs <= SLOTS
         assert all(row.num_blocks == 0 for request in waiting for row in request.rows)
 
     def teardown(self):

@@ -136,13 +136,8 @@ class BlockManager:
     @exclusive
     def commit_all(self, sequences: list[Sequence]) -> None:
         """`commit` of many."""
-        size, has_windows = self.block_size, self._has_windows
         for sequence in sequences:
-            if has_windows or len(sequence.tail) + len(sequence.fresh) >= size:
-                self._commit(sequence)
-            elif sequence.node is not None:
-                sequence.tail += sequence.fresh
-                sequence.fresh = []
+            self._commit(sequence)
 
     @exclusive
     def commit(self, sequence: Sequence, keep_past: bool = False) -> None:

@@ -90,10 +90,20 @@ def _why_not(way: Any, model: PreTrainedModel, pool: BlockPool, expected: torch.
         logits = _trial(way(model, _trial_pool(model, pool)), is_interleaved=True)
     except CAUGHT as error:
         return f"{type(error).__name__}: {error}"
+    return _why_different(logits, expected, TOLERANCES.get(model.dtype, 0.05))
+
+
+def _why_different(logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str | None:
+    """How logits differ; None if they do not. A model that forbids tokens gives them -inf or the least of its dtype."""
+    least = torch.finfo(torch.float16).min / 2
+    allowed = expected.isfinite() & (expected > least)
+    if not torch.equal(allowed, logits.isfinite() & (logits > least)):
+        return "other logits of a trial are finite"
+    if not allowed.any():
+        return "no logits of a trial are finite"
+    logits, expected = logits[allowed], expected[allowed]
     difference = (logits - expected).abs().max() / expected.abs().max().clamp(min=1e-9)
-    if difference <= TOLERANCES.get(model.dtype, 0.05) or bool((logits == expected).all()):
-        return None
-    return f"logits of a trial differ by {difference:.2g} of their greatest"
+    return None if difference <= tolerance else f"logits of a trial differ by {difference:.2g} of their greatest"
 
 
 def _trial_pool(model: PreTrainedModel, pool: BlockPool) -> BlockPool:

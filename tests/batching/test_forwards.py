@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from paged_cache import BlockPool, ContinuousBatcher, UnsupportedModelError
 from tests.batching.alone import PAD, alone, prompt, serve
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
@@ -66,3 +67,49 @@ def test_rope_that_depends_on_the_length(kind, lengths, num_blocks):
     assert [output.generated_tokens for output in outputs] == [expected(kind, length) for length in lengths]
     assert stats.forward == "single"
     assert (num_blocks < 600) == (stats.num_preemptions > 0)
+
+
+class Forbidding(LlamaForCausalLM):
+    """Gives some tokens the same logit always; a wrong one's logits depend on how many tokens a forward has."""
+
+    forbidden, wrong = float("-inf"), lambda _, logits, num_tokens: logits
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = self.wrong(output.logits, input_ids.shape[1])
+        output.logits[..., 100:] = self.forbidden
+        return output
+
+
+def way_of(of):
+    """How a batcher executes a model."""
+    with ContinuousBatcher(of, BlockPool.for_model(of, num_blocks=20)) as batcher:
+        return batcher.stats().forward
+
+
+@pytest.mark.parametrize("forbidden", [float("-inf"), torch.finfo(torch.float32).min, torch.finfo(torch.float16).min])
+def test_forbidden_tokens_in_a_trial(forbidden):
+    """They neither demote a model that is right nor hide that one is wrong."""
+    of = Forbidding(LlamaConfig(**SIZES)).eval()
+    of.forbidden = forbidden
+    assert way_of(of) == "packed"
+    of.wrong = lambda logits, num_tokens: logits + 5.0 * num_tokens * torch.arange(SIZES["vocab_size"])
+    assert way_of(of) == "padded"
+
+
+def test_other_tokens_are_forbidden_in_a_trial():
+    """What one way forbids and another does not is a difference, whatever the other logits are."""
+    of = Forbidding(LlamaConfig(**SIZES)).eval()
+    few = torch.arange(SIZES["vocab_size"]) < 5
+    of.wrong = lambda logits, num_tokens: logits.masked_fill(few & (num_tokens > 5), float("-inf"))
+    assert way_of(of) == "padded"
+
+
+@pytest.mark.parametrize("logit", [float("-inf"), float("nan")])
+def test_a_trial_without_a_finite_logit(logit):
+    """It shows nothing, so the model is refused."""
+    of = Forbidding(LlamaConfig(**SIZES)).eval()
+    of.wrong = lambda logits, num_tokens: torch.full_like(logits, logit)
+    with pytest.raises(UnsupportedModelError, match="no logits of a trial are finite"):
+        way_of(of)

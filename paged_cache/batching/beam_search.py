@@ -47,7 +47,6 @@ class BeamSearch:
         sequences_scores, scores, logits: As `generate` returns them, if they were asked for.
     """
 
-    is_plain = False
     streamer = None
 
     def __init__(self, model: PreTrainedModel, prepared: Prepared, generator: torch.Generator | None) -> None:

@@ -81,11 +81,21 @@ def _argmax(scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Iterator[Ch
 
 def _sample(decodings: list[Decoding], scores: torch.Tensor, pieces: Sequence[torch.Tensor]) -> Iterator[Choice]:
     """Each request draws from its own random numbers, in the way of `generate`, and when it is asked for."""
-    probabilities = torch.nn.functional.softmax(scores, dim=-1).split([len(piece) for piece in pieces])
-    return (_draw(decoding, part) for decoding, part in zip(decodings, probabilities, strict=True))
+    probabilities, sizes = torch.nn.functional.softmax(scores, dim=-1), [len(piece) for piece in pieces]
+    are_sound = _are_sound(probabilities, sizes) if scores.is_cuda else [True] * len(sizes)
+    parts = zip(decodings, probabilities.split(sizes), are_sound, strict=True)
+    return (_draw(decoding, part, is_sound) for decoding, part, is_sound in parts)
 
 
-def _draw(decoding: Decoding, probabilities: torch.Tensor) -> Choice:
+def _are_sound(probabilities: torch.Tensor, sizes: list[int]) -> list[bool]:
+    """Per request whether its rows can be drawn from: a GPU does not say so but ends the process."""
+    flags = torch.isfinite(probabilities.sum(-1)).split(sizes)
+    return torch.stack([flag.all() for flag in flags]).tolist()
+
+
+def _draw(decoding: Decoding, probabilities: torch.Tensor, is_sound: bool) -> Choice:
+    if not is_sound:
+        return RuntimeError("the scores are NaN, infinite, or all -inf: there is no token to draw.")
     try:
         return torch.multinomial(probabilities, 1, generator=decoding.generator)[:, 0].tolist()
     except RuntimeError as error:  # probabilities that are none: only this request made them

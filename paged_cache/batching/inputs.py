@@ -12,7 +12,7 @@ from .decoding import Decoding
 from .options import RequestOptions, require_callables
 from .preparing import BEAMS, Preparation, Prepared
 from .prompts import token_ids
-from .request import Request, Row
+from .request import Request, Row, Search
 
 
 class InputProcessor:
@@ -79,7 +79,7 @@ class InputProcessor:
             decoding=decoding,
         )
 
-    def _decoding(self, prepared: Prepared, seed: int | None) -> Any:
+    def _decoding(self, prepared: Prepared, seed: int | None) -> Search:
         generator = self._generator(seed) if prepared.config.do_sample else None
         if prepared.mode in BEAMS:
             return BeamSearch(self._model, prepared, generator)

@@ -1,7 +1,7 @@
 """Output processing: logits of a step become tokens of requests, and requests come to their end."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,7 +55,8 @@ class OutputProcessor:
         beams = [i for i, request in enumerate(ready) if isinstance(request.decoding, BeamSearch)]
         others = [i for i in range(len(ready)) if i not in beams] if beams else range(len(ready))
         if len(others):
-            choices = choose([ready[i].decoding for i in others], logits, [places[i] for i in others])
+            decodings = cast(list[Decoding], [ready[i].decoding for i in others])
+            choices = choose(decodings, logits, [places[i] for i in others])
             for i, choice in zip(others, choices, strict=True):
                 if isinstance(choice, Exception):
                     self._finish(ready[i], "error", choice)
@@ -106,7 +107,7 @@ class OutputProcessor:
         return logits, [next(numbers) if part is not None else -1 for part in parts]
 
     def _accept(self, request: Request, tokens: list[int], now: float) -> None:
-        decoding: Decoding = request.decoding
+        decoding = cast(Decoding, request.decoding)
         is_open = decoding.reasons[0] is None
         try:
             decoding.accept(tokens)
@@ -134,7 +135,7 @@ class OutputProcessor:
         self._scheduler.shrink(request)
 
     def _turn(self, request: Request, logits: torch.Tensor, now: float) -> None:
-        search: BeamSearch = request.decoding
+        search = cast(BeamSearch, request.decoding)
         try:
             turn = search.advance(logits)
         except Exception as error:  # noqa: BLE001 (a user's processor may raise anything)

@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 
 class Status(Enum):
@@ -34,6 +34,43 @@ class Row:
     def num_tokens(self) -> int:
         """Tokens known; those that are not computed yet are what the next steps bring."""
         return len(self.tokens)
+
+
+class Search(Protocol):
+    """How the tokens of a request are chosen, and what was chosen so far.
+
+    Attributes:
+        prompt_ids: Token ids.
+        num_rows: Sequences that are decoded at once.
+        max_new_tokens: Most tokens of each.
+        rows: All sequences, complete ones included; none before the first step, one until the prompt is computed.
+        reasons: Why sequences are complete: "stop", "length", "timeout"; None while they are not.
+        streamer: Gets tokens as they come; None if nothing does.
+        sequences_scores, scores, logits: As `generate` returns them, if they were asked for.
+    """
+
+    prompt_ids: list[int]
+    num_rows: int
+    max_new_tokens: int
+    rows: list[Row]
+    reasons: list[str | None]
+    streamer: Any
+    sequences_scores: Any
+    scores: Any
+    logits: Any
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sequence is."""
+
+    def begin(self) -> None:
+        """The first token is about to be computed."""
+
+    def sequences(self) -> list[list[int]]:
+        """Generated tokens of each sequence."""
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
 
 
 @dataclass(eq=False)
@@ -82,7 +119,7 @@ class Request:
     num_preemptions: int = 0
     number: int = -1
     key: float = 0.0
-    decoding: Any = None
+    decoding: Search = None  # type: ignore[assignment]  # a scheduler alone needs none
     handle: Any = None
     first_token_time: float | None = None
     last_token_time: float | None = None

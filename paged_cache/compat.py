@@ -83,3 +83,16 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside what `torch.compile` returns and inside a `PeftModel`, or the model itself."""
     model, peft = getattr(model, "_orig_mod", model), sys.modules.get("peft")
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def inputs_of_peft(model: torch.nn.Module) -> str | None:
+    """The method of a `PeftModel` that itself changes what goes into the model inside it: `base_model` is without its effect."""
+    model, peft = getattr(model, "_orig_mod", model), sys.modules.get("peft")
+    if peft is None or not isinstance(model, peft.PeftModel):
+        return None
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            return str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "alora_invocation_tokens", None):
+            return "aLoRA"
+    return None

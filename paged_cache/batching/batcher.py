@@ -26,7 +26,7 @@ from .progress import Progress
 from .prompts import as_prompts
 from .request import Request
 from .scheduler import Scheduler
-from .serving import require_served, why_never
+from .serving import require_limits, require_served, why_never
 from .stats import BatcherStats
 
 DEFAULTS = {"cuda": (256, 8192)}
@@ -68,8 +68,8 @@ class ContinuousBatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         inner = require_served(model, pool)
-        if max_queue_size is not None and max_queue_size < 1:
-            raise InvalidRequestError(f"max_queue_size={max_queue_size}: at least 1 is needed, None for any number.")
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        require_limits(tokenizer, max_queue_size=max_queue_size, **limits)
         default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
         self.pool, self.max_queue_size = pool, max_queue_size
         self._clock, self._tokenizer = clock, tokenizer

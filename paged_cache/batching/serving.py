@@ -1,9 +1,12 @@
-"""What can be served: by which models, and which requests at all."""
+"""What can be served: by which models, within which limits, and which requests at all."""
+
+from numbers import Integral
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import base_model
+from ..compat import base_model, inputs_of_peft
 from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
 from ..pool import BlockPool
 from .pool_memory import PoolMemory
@@ -19,15 +22,38 @@ def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
     inner = base_model(model)
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate():
         raise UnsupportedModelError(f"{type(model).__name__} is no transformers model that generates text.")
+    method = inputs_of_peft(model)
+    if method is not None:
+        raise UnsupportedModelError(
+            f"{method} of peft changes the inputs of {type(inner).__name__}, which a batcher makes itself: use "
+            "model.generate, or an adapter that lies in the model's layers, such as LoRA."
+        )
     if inner.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(inner).__name__} is an encoder-decoder: its prompts are not token ids alone."
         )
+    if not isinstance(pool, BlockPool):
+        raise InvalidRequestError(f"pool={pool!r:.100}: a BlockPool is needed, BlockPool.for_model(model, ...).")
     if not pool.belongs_to(inner):
         raise InvalidRequestError(f"the pool is none of this {type(inner).__name__}: BlockPool.for_model(model, ...).")
     if inner.training:
         raise InvalidRequestError("the model is in training mode, where dropout is active: call model.eval() first.")
     return inner
+
+
+def require_limits(tokenizer: Any, **limits: Any) -> None:
+    """Looks at a batcher's settings: limits are positive whole numbers or None, a tokenizer can be called.
+
+    Raises:
+        InvalidRequestError: One is not; it is named with its value.
+    """
+    for name, value in limits.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise InvalidRequestError(f"{name}={value!r:.100}: a whole number of at least 1 is needed, or None.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise InvalidRequestError(
+            f"tokenizer={tokenizer!r:.100}: a tokenizer object is needed, AutoTokenizer.from_pretrained(...)."
+        )
 
 
 def why_never(request: Request, memory: PoolMemory, max_num_seqs: int, whole_prompts: bool) -> PagedCacheError | None:

@@ -48,7 +48,7 @@ def require_limits(tokenizer: Any, **limits: Any) -> None:
         InvalidRequestError: One is not; it is named with its value.
     """
     for name, value in limits.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
             raise InvalidRequestError(f"{name}={value!r:.100}: a whole number of at least 1 is needed, or None.")
     if tokenizer is not None and not callable(tokenizer):
         raise InvalidRequestError(

@@ -51,8 +51,11 @@ def with_rope(kind):
 
 @functools.cache
 def expected(kind, length):
-    """What a fresh model, whose rope has seen nothing else, gives for a prompt of this length."""
-    return alone(with_rope(kind), prompt(length, 1), **GREEDY)[0]
+    """What a fresh model, whose rope has seen nothing else, gives for a prompt of this length.
+
+    Phi3 computes all keys anew when it grows beyond the original length; the oldest supported transformers forgets them.
+    """
+    return alone(with_rope(kind), prompt(length, 1), **GREEDY, use_cache=kind != "phi3")[0]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "phi3"])

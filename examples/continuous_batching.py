@@ -24,7 +24,9 @@ with ContinuousBatcher(model, pool, tokenizer=tokenizer) as batcher:
     outputs = batcher.generate(prompts, max_new_tokens=[8, 64, 16, 24], do_sample=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         ttft, tokens = output.metrics.ttft or 0.0, len(output.generated_tokens)
-        print(f"--- {prompt.splitlines()[0]!r}: {tokens} tokens, {output.finish_reason}, first after {ttft * 1e3:.0f} ms")
+        print(
+            f"--- {prompt.splitlines()[0]!r}: {tokens} tokens, {output.finish_reason}, first after {ttft * 1e3:.0f} ms"
+        )
         print(output.text)
 
     # One by one, from any thread, with the options of `generate`, each with its own.

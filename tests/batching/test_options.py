@@ -95,6 +95,9 @@ def test_outputs_can_be_stored():
     """Pickle keeps tokens and text, and leaves the tokenizer out."""
 
     class Tokenizer:
+        def __call__(self, text, **kwargs):
+            return {"input_ids": PROMPTS[0]}
+
         def decode(self, ids, **kwargs):
             return " ".join(map(str, ids))
 

@@ -72,6 +72,7 @@ def test_bar_is_closed_by_an_error(terminal):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt), redirect_stderr(terminal):
-            batcher.generate(PROMPTS[:2], **GREEDY, streamer=types.SimpleNamespace(put=interrupt, end=lambda: None))
+            streamer = types.SimpleNamespace(put=interrupt, end=lambda: None)
+            batcher.generate(PROMPTS[:2], **GREEDY, streamer=[streamer, None])
     assert "2/2" not in terminal.getvalue()
     assert terminal.getvalue().endswith("\n")

@@ -71,8 +71,8 @@ def test_bar_is_closed_by_an_error(terminal):
         def interrupt(*args):
             raise KeyboardInterrupt
 
+        streamer = types.SimpleNamespace(put=interrupt, end=lambda: None)
         with pytest.raises(KeyboardInterrupt), redirect_stderr(terminal):
-            streamer = types.SimpleNamespace(put=interrupt, end=lambda: None)
             batcher.generate(PROMPTS[:2], **GREEDY, streamer=[streamer, None])
     assert "2/2" not in terminal.getvalue()
     assert terminal.getvalue().endswith("\n")

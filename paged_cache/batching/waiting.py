@@ -11,7 +11,7 @@ from ..errors import InvalidRequestError
 from .policy import Outlook, Policy
 from .request import Request
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("paged_cache")
 
 Entry = tuple[float, int, Request]
 

@@ -15,6 +15,7 @@ from tests.models import poisoned_pool
 pytestmark = pytest.mark.timeout(30)
 
 LONG = {**GREEDY, "max_new_tokens": 250}
+ENDLESS = {**GREEDY, "max_new_tokens": 900}  # not over before a busy machine gets to cancelling it
 
 
 def asynchronously(**settings):
@@ -134,7 +135,7 @@ async def test_waiting_in_time(batcher):
 @asynchronously()
 async def test_iterating_that_is_cancelled(batcher):
     """The request of a task that iterates ends with the task; one that is left by `break` ends when it is cancelled."""
-    handle = await batcher.submit(PROMPTS[0], **LONG)
+    handle = await batcher.submit(PROMPTS[0], **ENDLESS)
 
     async def iterate():
         async for _ in handle:
@@ -145,7 +146,7 @@ async def test_iterating_that_is_cancelled(batcher):
     await leave(task)
     assert (await handle.result()).finish_reason == "abort"
 
-    other = await batcher.submit(PROMPTS[1], **LONG)
+    other = await batcher.submit(PROMPTS[1], **ENDLESS)
     async for _ in other:
         break
     assert not other.done

@@ -348,7 +348,7 @@ def test_thread_of_the_batcher_survives_interrupts(error):
 @pytest.mark.parametrize("is_started", [False, True])
 def test_policy_that_cannot_rank(is_started, caplog):
     """No request ends because a policy fails at ranking: they are served by their keys, and people are told once."""
-    with batching(policy=Unordered("rank"), max_num_seqs=1) as batcher:
+    with caplog.at_level("WARNING", "paged_cache"), batching(policy=Unordered("rank"), max_num_seqs=1) as batcher:
         if is_started:
             batcher.start()
         outputs = [handle.result(timeout=PATIENCE) for handle in submit_all(batcher)]

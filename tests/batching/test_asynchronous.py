@@ -137,12 +137,14 @@ async def test_iterating_that_is_cancelled(batcher):
     """The request of a task that iterates ends with the task; one that is left by `break` ends when it is cancelled."""
     handle = await batcher.submit(PROMPTS[0], **ENDLESS)
 
+    begun = asyncio.Event()
+
     async def iterate():
         async for _ in handle:
-            pass
+            begun.set()
 
     task = asyncio.create_task(iterate())
-    await until(lambda: len(handle.tokens) > 2)
+    await begun.wait()
     await leave(task)
     assert (await handle.result()).finish_reason == "abort"
 

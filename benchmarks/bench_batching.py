@@ -32,7 +32,7 @@ from tqdm import tqdm
 from roofline.report import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = ("loop", "padded", "generate_batch", *measuring.OURS)
+NAMES = ("loop", "padded", *peers.GENERATE_BATCH, *measuring.OURS)
 LOAD = 1.5
 QUICK = {"requests": 8, "factor": 20.0, "rounds": 1}
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from .outcome import Run, Served
 from .workload import Workload
+
+GENERATE_BATCH = ("generate_batch",) if "page_size" in signature(ContinuousBatchingConfig).parameters else ()
+"""Earlier versions of transformers (5.17) have other settings, and are not measured."""
 
 PATIENCE = 600.0  # seconds without any request of transformers' batching coming to its end
 

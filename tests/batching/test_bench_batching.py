@@ -54,24 +54,23 @@ class Fake:
         return self.result
 
 
-def test_everybody_serves_all_requests(run):
+def test_everybody_serves_all_requests(run, parts):
     """All candidates give the loop's tokens, ours hit the shared prefix, and rounds of a second call are added."""
+    others = ("loop", "padded", *parts("peers").GENERATE_BATCH)
     run("--quick", "--shared", "64")
     result = run("--quick", "--shared", "64", "--add")
 
     (line,) = result["workloads"]
     assert len(line["rounds"]) == 2
     for found in line["rounds"]:
-        assert found.keys() == {"loop", "padded", "generate_batch", "fcfs", "sjf"}
+        assert found.keys() == {*others, "fcfs", "sjf"}
         for metrics in found.values():
             assert metrics["num_equal"] == 8
             assert 0 < metrics["ttft_mean"] <= metrics["latency_mean"] <= metrics["latency_p99"] <= metrics["seconds"]
         for name in ("fcfs", "sjf"):
             assert found[name]["prefix_hits"] == 7 * 64
             assert found[name]["kv_bytes"] < found["padded"]["kv_bytes"]
-    assert line["tokens_per_second"].keys() == {
-        f"{ours} / {other}" for ours in ("fcfs", "sjf") for other in ("loop", "padded", "generate_batch")
-    }
+    assert line["tokens_per_second"].keys() == {f"{ours} / {other}" for ours in ("fcfs", "sjf") for other in others}
 
 
 def test_rounds_of_other_settings_are_not_mixed(run):

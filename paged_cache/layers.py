@@ -59,7 +59,7 @@ class PagedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Compares the layer's first K and V with the pool."""
         if key_states.shape[-2]:
-            self._state.check_layer(self.layer_idx, key_states, value_states)
+            self._state.pool.check_layer(self.layer_idx, key_states, value_states)
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
 

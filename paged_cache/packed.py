@@ -1,7 +1,5 @@
 """One forward over rows of different lengths, laid side by side without padding: `[1, num_tokens]`."""
 
-from collections import defaultdict
-from collections.abc import Hashable
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +8,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .compat import not_traced
 from .errors import UnsupportedModelError
-from .memory.growth import SKIP
-from .memory.layout import LayerSpec
 from .memory.sequence import Sequence
 from .model_spec import cache_layers
 from .pool import BlockPool
-from .step import Keys, PagedView, TableTensor, Values
+from .step import GroupWrites, Keys, PagedView, TableTensor, Values
 
 
 class PackedStep:
@@ -51,28 +47,14 @@ class PackedStep:
         self.groups = [PackedGroup(i, self, group, cache.tables[i]) for i, group in enumerate(slots)]
 
 
-class PackedGroup:
+class PackedGroup(GroupWrites):
     """One packed forward in one layer group; see `GroupStep`."""
 
     kv_offset = 0
 
     def __init__(self, group: int, step: PackedStep, slots: list[int], table: TableTensor) -> None:
-        self.group, self.step, self.window = group, step, step.storage.layout.windows[group]
+        super().__init__(group, step, slots, table)
         self.kv_length = step.q_len
-        self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
-        self._table = table
-        device = step.storage.device
-        self.written: torch.Tensor | None = None
-        if SKIP in slots:
-            kept = [i for i, slot in enumerate(slots) if slot != SKIP]
-            self.written = torch.tensor(kept, dtype=torch.int64, device=device)
-            slots = [slots[i] for i in kept]
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-
-    @cached_property
-    def block_table(self) -> torch.Tensor:
-        """int32 `[rows, max_blocks]`."""
-        return self._table.update(self.step.rows, self.group)
 
 
 class PackedView(PagedView):
@@ -105,13 +87,7 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Compares the layer's first K and V with the pool."""
-        spec = self._cache.pool.spec.layers[self._index]
-        self._cache.pool.confirm(
-            self._index,
-            LayerSpec(
-                spec.window, key_states.shape[1], key_states.shape[3], value_states.shape[1], value_states.shape[3]
-            ),
-        )
+        self._cache.pool.check_layer(self._index, key_states, value_states)
         self.is_initialized = True
 
     @not_traced

@@ -249,6 +249,25 @@ class BlockPool:
             + (f" ({groups} layer groups; windows return blocks)" if groups > 1 else "")
         )
 
+    def check_layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compares a layer's first K and V, `[batch, heads, tokens, dim]`, with the pool.
+
+        It follows other shapes but no other dtype or device.
+        """
+        for name, x in (("keys", keys), ("values", values)):
+            if torch.promote_types(x.dtype, self.dtype) != self.dtype:
+                raise InvalidRequestError(
+                    f"layer {layer} gives {name} of {x.dtype}, the pool holds {self.dtype} and would lose precision: "
+                    f"BlockPool.for_model(model, ..., dtype={torch.promote_types(x.dtype, self.dtype)})."
+                )
+            if x.device != self.device:
+                raise InvalidRequestError(
+                    f"layer {layer} gives {name} on {x.device}, the pool is on {self.device}: make the pool after the "
+                    "model was moved."
+                )
+        window = self.spec.layers[layer].window if layer in self.spec.layers else None
+        self.confirm(layer, LayerSpec(window, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
+
     def confirm(self, layer: int, spec: LayerSpec) -> None:
         """Takes the shapes that a model really gives for a layer: the pool follows the first model that uses it.
 

@@ -8,7 +8,6 @@ import torch
 from .compat import logger
 from .errors import InvalidRequestError, PagedCacheError
 from .memory.growth import Growth
-from .memory.layout import LayerSpec
 from .memory.sequence import Sequence
 from .pool import BlockPool
 from .step import GroupStep, PagedView, Step, StepInputs, TableTensor
@@ -69,7 +68,7 @@ class PagedState:
             return None
         group = self.pool.storage.layout.places[layer].group
         step = Step(self.pool.storage, self.rows, self.pads, self.layer_lengths[layer], 0)
-        view = GroupStep(group, step, [], self.pool.storage.layout.windows[group], self._tables[group])
+        view = GroupStep(group, step, [], self._tables[group])
         return PagedView(layer, view).dense
 
     def fills_a_block(self) -> bool:
@@ -130,23 +129,6 @@ class PagedState:
         result = step.update(layer, keys, values)
         self.layer_lengths[layer] = start + q_len
         return result
-
-    def check_layer(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Compares a layer's first K and V with the pool, which follows other shapes but no other dtype or device."""
-        pool = self.pool
-        for name, x in (("keys", keys), ("values", values)):
-            if torch.promote_types(x.dtype, pool.dtype) != pool.dtype:
-                raise InvalidRequestError(
-                    f"layer {layer} gives {name} of {x.dtype}, the pool holds {pool.dtype} and would lose precision: "
-                    f"BlockPool.for_model(model, ..., dtype={torch.promote_types(x.dtype, pool.dtype)})."
-                )
-            if x.device != pool.device:
-                raise InvalidRequestError(
-                    f"layer {layer} gives {name} on {x.device}, the pool is on {pool.device}: make the pool after the "
-                    "model was moved."
-                )
-        window = pool.spec.layers[layer].window if layer in pool.spec.layers else None
-        pool.confirm(layer, LayerSpec(window, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))
 
     def select(self, indices: list[int]) -> None:
         """Row `i` becomes what row `indices[i]` was; nothing is copied."""
@@ -234,8 +216,7 @@ class PagedState:
             self.pads,
         )
         step.groups = tuple(
-            GroupStep(group, step, slots, window, self._tables[group])
-            for group, (slots, window) in enumerate(zip(writes.slots, self.pool.storage.layout.windows, strict=True))
+            GroupStep(group, step, slots, self._tables[group]) for group, slots in enumerate(writes.slots)
         )
         self.open, self.pads, self.length = step, inputs.pads, end
         return step

@@ -44,39 +44,55 @@ class TableTensor:
         return self._on_device
 
 
-class GroupStep:
+class GroupWrites:
+    """What any forward, padded or packed, writes in one layer group.
+
+    Args:
+        group: The layer group.
+        step: The forward.
+        slots: Of all new tokens in order; `SKIP` for those that are not written.
+        table: Makes the block table.
+
+    Attributes:
+        window: The group's window, None for all.
+        slots: int64 `[num_written]`, where the new tokens go.
+        written: int64 `[num_written]`, which of the new tokens these are; None for all in order.
+        memos: What kernels remember from layer to layer, by the options of their calls.
+    """
+
+    def __init__(self, group: int, step: Any, slots: list[int], table: TableTensor) -> None:
+        self.group, self.step, self.window = group, step, step.storage.layout.windows[group]
+        self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
+        self._table = table
+        device = step.storage.device
+        self.written: torch.Tensor | None = None
+        if SKIP in slots:
+            kept = [i for i, slot in enumerate(slots) if slot != SKIP]
+            self.written = torch.tensor(kept, dtype=torch.int64, device=device)
+            slots = [slots[i] for i in kept]
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
+
+    @cached_property
+    def block_table(self) -> torch.Tensor:
+        """int32 `[rows, max_blocks]`."""
+        return self._table.update(self.step.rows, self.group)
+
+
+class GroupStep(GroupWrites):
     """One forward in one layer group.
 
     Attributes:
         kv_offset: First column (token of the padded rows) that attention can see.
         kv_length: Columns from there to the newest.
-        window: The group's window, None for all.
-        slots: int64 `[num_written]`, where the new tokens go.
-        written: int64 `[num_written]`, which of the `batch * q_len` new tokens these are; None for all in order.
-        memos: What kernels remember from layer to layer, by the options of their calls.
     """
 
-    def __init__(
-        self, group: int, step: "Step", slots: list[list[int]], window: int | None, table: TableTensor
-    ) -> None:
-        self.group, self.step, self.window = group, step, window
-        self.kv_offset = 0 if window is None else max(step.start - window + 1, 0)
-        self.kv_length = step.start + step.q_len - self.kv_offset
-        self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
-        self._table = table
-        flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]
-        device = step.storage.device
-        self.written: torch.Tensor | None = None
-        if SKIP in flat:
-            kept = [i for i, slot in enumerate(flat) if slot != SKIP]
-            self.written = torch.tensor(kept, dtype=torch.int64, device=device)
-            flat = [flat[i] for i in kept]
-        self.slots = torch.tensor(flat, dtype=torch.int64, device=device)
+    step: "Step"
 
-    @cached_property
-    def block_table(self) -> torch.Tensor:
-        """int32 `[batch, max_blocks]`."""
-        return self._table.update(self.step.rows, self.group)
+    def __init__(self, group: int, step: "Step", slots: list[list[int]], table: TableTensor) -> None:
+        flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]
+        super().__init__(group, step, flat, table)
+        self.kv_offset = 0 if self.window is None else max(step.start - self.window + 1, 0)
+        self.kv_length = step.start + step.q_len - self.kv_offset
 
     @cached_property
     def dense_slots(self) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Policy(ABC):
 
     name: str = "own"
     max_displacement: float | None = None
+    has_warned = False  # that `rank` fails: once, as lines come and go
 
     @abstractmethod
     def key(self, request: Request, outlook: Outlook) -> float:

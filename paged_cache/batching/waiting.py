@@ -41,7 +41,6 @@ class Line:
         self._arrivals: list[Entry] = []
         self._members: dict[Request, None] = {}
         self.num_arrived = self.num_admitted = self.num_live = 0
-        self._has_warned = False
 
     def __len__(self) -> int:
         return len(self._members)
@@ -116,11 +115,11 @@ class Line:
         try:
             return float(self._policy.rank(key, lane, now))
         except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
-            if not self._has_warned:
+            if not self._policy.has_warned:
                 logger.warning(
                     "policy %r cannot rank, keys are taken: %s: %s", self._policy.name, type(error).__name__, error
                 )
-            self._has_warned = True
+            self._policy.has_warned = True
             return key
 
     def _compact(self) -> None:

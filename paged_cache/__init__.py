@@ -9,7 +9,8 @@ from .batching.stats import BatcherStats
 from .cache import PagedCache
 from .errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
 from .patching import is_patched, patch, unpatch
-from .pool import BlockPool, PoolStats
+from .pool import BlockPool
+from .pool_stats import PoolStats
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,6 @@
 import inspect
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -14,32 +13,9 @@ from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
 from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
+from .pool_stats import PoolStats
 from .sizes import check_block_size, check_dtypes, num_blocks_for
 from .weights import WeightsVersion
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    """A pool at one moment.
-
-    Attributes:
-        num_blocks, num_free, num_cached, num_referenced: Blocks by state; `num_free` includes the cached ones.
-        allocated, freed, evictions, cow_copies: Blocks over the pool's lifetime.
-        prefix_queries, prefix_hits: Prompt tokens looked up, and those found, over the pool's lifetime.
-        nbytes: Bytes of K and V that the pool holds, scales included.
-    """
-
-    num_blocks: int
-    num_free: int
-    num_cached: int
-    num_referenced: int
-    allocated: int
-    freed: int
-    evictions: int
-    cow_copies: int
-    prefix_queries: int
-    prefix_hits: int
-    nbytes: int
 
 
 class BlockPool:

@@ -26,6 +26,7 @@ FLOORS = {
     "paged_cache.packed": 2,
     "paged_cache.patching": 2,
     "paged_cache.pool": 2,
+    "paged_cache.pool_stats": 1,
     "paged_cache.prompt": 2,
     "paged_cache.reuse": 2,
     "paged_cache.sizes": 1,

@@ -1,0 +1,27 @@
+"""Counters of a pool at one moment."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """A pool at one moment.
+
+    Attributes:
+        num_blocks, num_free, num_cached, num_referenced: Blocks by state; `num_free` includes the cached ones.
+        allocated, freed, evictions, cow_copies: Blocks over the pool's lifetime.
+        prefix_queries, prefix_hits: Prompt tokens looked up, and those found, over the pool's lifetime.
+        nbytes: Bytes of K and V that the pool holds, scales included.
+    """
+
+    num_blocks: int
+    num_free: int
+    num_cached: int
+    num_referenced: int
+    allocated: int
+    freed: int
+    evictions: int
+    cow_copies: int
+    prefix_queries: int
+    prefix_hits: int
+    nbytes: int

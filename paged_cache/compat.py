@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -71,12 +71,18 @@ def uses_attention_interface(model: torch.nn.Module, decoder: PreTrainedConfig) 
     return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__]) for module in modules)
 
 
-def peft_tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Layers of `model` that carry peft adapters. Does not import peft: without it there are none."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:
-        return []
-    return [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+def peft_layer_classes() -> tuple[type, ...]:
+    """What peft puts around a model's layers. Does not import peft: without it there is nothing."""
+    tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    return () if tuners is None or other is None else (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper)
+
+
+def offloaded_weights(module: torch.nn.Module) -> Mapping[str, Any] | None:
+    """Where accelerate keeps the parameters of a module between two forwards; None if the module has them itself."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # several in a row
+    maps = (getattr(one, "weights_map", None) for one in hooks if getattr(one, "offload", False))
+    return next((weights for weights in maps if weights is not None), None)
 
 
 def base_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -188,9 +188,20 @@ class BlockPool:
         """The part of `root_key` that can change and change back between two tokens."""
         return self._weights.light_key() if self._weights is not None else None
 
-    def root_key(self, cache_salt: Hashable, extra: Hashable) -> Hashable | None:
-        """All that K and V depend on besides the tokens; None if nothing may be shared now."""
-        key = self._weights.key() if self._weights is not None and self.manager.prefix_caching else None
+    @property
+    def weights(self) -> WeightsVersion | None:
+        """Says in what state the model's weights are; None for a pool without a model."""
+        return self._weights
+
+    def root_key(self, cache_salt: Hashable, extra: Hashable, adapter_name: str | None = None) -> Hashable | None:
+        """All that K and V depend on besides the tokens; None if nothing may be shared now.
+
+        Args:
+            cache_salt: Of the caller.
+            extra: Whatever else there is.
+            adapter_name: "__base__" for the model without adapters, None for those that are active.
+        """
+        key = self._weights.key(adapter_name) if self._weights is not None and self.manager.prefix_caching else None
         return None if key is None else (key, cache_salt, extra)
 
     def belongs_to(self, model: torch.nn.Module) -> bool:

@@ -1,77 +1,143 @@
 """Tells when K and V computed earlier are no longer what the model would compute now."""
 
 import weakref
-from collections.abc import Hashable
-from itertools import chain
+from collections.abc import Hashable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .compat import peft_tuner_layers
+from .adapters import tuners as peft_layers
+from .compat import offloaded_weights
 
 _SAMPLES = 64
-"""Elements looked at per base weight under an adapter: merging and unmerging changes almost all of them."""
+"""Elements looked at per base weight beside adapters: merging and unmerging changes almost all of them."""
+
+_MIXER = 0x1E3779B97F4A7C15
+"""An odd number whose multiples, modulo 2**64, are spread evenly."""
+
+_CHUNK = 2**18
+"""Elements that are summed up at once."""
 
 
 class WeightsVersion:
     """Names the state of a model's weights and adapters, so that it can be part of a prefix key.
 
-    In-place changes (optimizer steps, `load_state_dict`) show in torch's version counters, replaced parameters and modules in
-    their identity, adapters in their names, scaling and content (peft swaps some through `.data`, which no counter sees).
+    In-place changes of the model's own weights (optimizer steps, `load_state_dict`) show in torch's version counters, replaced
+    parameters and modules in their identity. Adapters count by their content (peft swaps some through `.data`, which no counter
+    sees), so that one that comes back, or is loaded again, is the same one, and others do not matter.
     Other changes do not show (writes through `.data`, attributes of modules, hooks that change activations): call
     `invalidate`.
+
+    Attributes:
+        tuners: peft's layers in the model; another list as soon as any module came or went.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
+        self._samples: tuple[int, ...] = ()
         self._tree: tuple[int, ...] = ()
-        self._tuners: list[torch.nn.Module] = []
         self._generation = 0
+        self.tuners: list[Any] = []
 
     def invalidate(self) -> None:
         """From now on the weights count as other ones."""
         self._generation += 1
         self._seen = []
 
-    def key(self) -> Hashable | None:
-        """Equal keys mean equal weights; None if the state cannot be told, so that nothing may be shared."""
+    def read(self) -> "Weights | None":
+        """The weights as they are now; None if that cannot be told, so that nothing may be shared."""
         model = self._model()
-        modules = list(model.modules()) if model is not None else []
-        if model is None or any(module.training for module in modules):
+        if model is None or any(module.training for module in model.modules()):
             return None
-        tensors = list(chain(model.parameters(), model.buffers()))
-        if any(tensor.is_inference() for tensor in tensors):  # no version counter
-            return None
-        parts: list[tuple[Any, int]] = [(module, 0) for module in modules]
-        parts += [(tensor, tensor.data_ptr()) for tensor in tensors]
-        if not self._are_seen(parts):
-            self._generation += 1
-            self._seen = [(weakref.ref(part), pointer) for part, pointer in parts]
-        self._look(model)
-        adapters = _adapters_key(self._tuners)
+        modules, tuners = peft_layers.split(model)
+        parts = [part for module in modules for part in _parts(module)]
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if any(tensor.is_inference() for tensor in tensors) or peft_layers.is_mixing(tuners):
+            return None  # there is no version counter, or rows of one batch differ in their weights
+        self._count(parts, _samples(tensors) if tuners else ())
         # counters only grow and the tensors are the same ones, so that the sum tells any change in place
-        return None if adapters is None else (self._generation, sum(tensor._version for tensor in tensors), adapters)
+        return Weights((self._generation, sum(tensor._version for tensor in tensors)), tuners)
+
+    def key(self, adapter_name: str | None = None) -> Hashable | None:
+        """Equal keys mean equal weights for rows with this adapter; None if nothing may be shared. See `effective`."""
+        weights = self.read()
+        return None if weights is None else weights.key(adapter_name)
 
     def light_key(self) -> Hashable:
         """What may change and change back between two tokens: train or eval mode, the modules, and which adapters are active."""
         model = self._model()
         if model is None:
             return None
-        self._look(model)
-        adapters = tuple((bool(layer._forward_pre_hooks), _layer_key(layer)) for layer in self._tuners)
-        return model.training, self._tree, adapters
-
-    def _look(self, model: torch.nn.Module) -> None:
-        """Adapters come and go with modules."""
         tree = _tree(model)
         if tree != self._tree:
-            self._tree, self._tuners = tree, peft_tuner_layers(model)
+            self._tree, self.tuners = tree, list(peft_layers.split(model)[1])
+        return model.training, self._tree, tuple(map(peft_layers.light_key, self.tuners))
 
-    def _are_seen(self, parts: list[tuple[Any, int]]) -> bool:
-        return len(parts) == len(self._seen) and all(
-            ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, parts, strict=True)
+    def _count(self, parts: list[Any], samples: tuple[int, ...]) -> None:
+        """A new generation if the parts are other ones, or were written to unseen."""
+        places = [(part, part.data_ptr() if isinstance(part, torch.Tensor) else 0) for part in parts]
+        is_same = len(places) == len(self._seen) and all(
+            ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, places, strict=True)
         )
+        if not is_same or samples != self._samples:
+            self._generation += 1
+            self._seen = [(weakref.ref(part), pointer) for part, pointer in places]
+            self._samples = samples
+
+
+class Weights:
+    """The weights of a model at one moment; good until anything changes."""
+
+    def __init__(self, base: Hashable, tuners: dict[Any, int]) -> None:
+        self._base, self._tuners = base, tuners
+        self._keys: dict[str | None, Hashable] = {}
+
+    def key(self, adapter_name: str | None = None) -> Hashable:
+        """Names them as far as rows with this adapter depend on them; None stands for the active adapters."""
+        if adapter_name not in self._keys:
+            self._keys[adapter_name] = self._base, self._adapters(adapter_name)
+        return self._keys[adapter_name]
+
+    def _adapters(self, adapter_name: str | None) -> Hashable:
+        """By layer the adapters that count, their numbers, and sums over the bits of their tensors; () for the base model."""
+        layers: list[Hashable] = []
+        tensors: list[torch.Tensor] = []
+        for tuner, place in self._tuners.items():
+            names = peft_layers.effective(tuner, adapter_name)
+            if names or tuner.merged_adapters:
+                parts = [part for name in names for part in peft_layers.content(tuner, name)]
+                tensors += [value for _, value in parts if isinstance(value, torch.Tensor)]
+                layers.append((place, names, tuple(tuner.merged_adapters), tuple(map(_describe, parts))))
+        if any(tensor.is_meta for tensor in tensors):  # offloaded: whether they change cannot be seen
+            return object()
+        return (tuple(layers), _sums(tensors)) if layers else ()
+
+
+def _describe(part: tuple[str, Any]) -> Hashable:
+    attribute, value = part
+    return (attribute, value.shape, value.dtype) if isinstance(value, torch.Tensor) else (attribute, repr(value))
+
+
+def _parts(module: torch.nn.Module) -> Iterator[Any]:
+    """The module and its own tensors, or what stands for those that accelerate takes away between forwards."""
+    yield module
+    offloaded = offloaded_weights(module)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if tensor.is_meta and offloaded is not None:
+            yield _kept(offloaded, name)
+        else:
+            yield tensor
+
+
+def _kept(offloaded: Mapping[str, Any], name: str) -> Any:
+    """An offloaded tensor itself if it is in memory, else the object that reads it from disk."""
+    prefix, kept = getattr(offloaded, "prefix", ""), getattr(offloaded, "dataset", offloaded)
+    in_memory = kept if isinstance(kept, dict) else getattr(kept, "state_dict", {})
+    return in_memory.get(f"{prefix}{name}", kept if not isinstance(kept, dict) else offloaded)
 
 
 def _tree(model: torch.nn.Module) -> tuple[int, ...]:
@@ -88,37 +154,31 @@ def _tree(model: torch.nn.Module) -> tuple[int, ...]:
     return tuple(map(id, found))
 
 
-def _adapters_key(layers: list[torch.nn.Module]) -> Hashable | None:
-    """State and content of peft adapters; None while a batch mixes adapters, where rows differ in their weights."""
-    if any(layer._forward_pre_hooks for layer in layers):
-        return None
-    return tuple(_layer_key(layer) for layer in layers), _checksum(layers)
+def _samples(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    """Of each tensor a sum over the bits of some elements."""
+    flats = (tensor.detach().reshape(-1) for tensor in tensors if not tensor.is_meta)
+    return _sums([flat[:: max(flat.numel() // _SAMPLES, 1)] for flat in flats])
 
 
-def _layer_key(layer: torch.nn.Module) -> Hashable:
-    scaling = getattr(layer, "scaling", {})
-    active = tuple(getattr(layer, "active_adapters", ()))
-    return (
-        active,
-        bool(getattr(layer, "disable_adapters", False)),
-        tuple(getattr(layer, "merged_adapters", ())),
-        tuple(float(scaling[name]) if name in scaling else None for name in active),
-    )
+def _sums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    """Of each tensor a sum over all of its bits."""
+    sums = [_bits(tensor.detach()) for tensor in tensors]
+    devices = {x.device for x in sums}
+    if len(devices) > 1:
+        sums = [x.cpu() for x in sums]
+    return tuple(torch.stack(sums).tolist()) if sums else ()
 
 
-def _checksum(layers: list[torch.nn.Module]) -> tuple[int, ...]:
-    """All bits of adapter weights, a sample of the bits of the base weights under them."""
-    sums = []
-    for layer in layers:
-        for name, tensor in layer.named_parameters():
-            flat = tensor.detach().reshape(-1)
-            if name.startswith("base_layer."):
-                flat = flat[:: max(flat.numel() // _SAMPLES, 1)]
-            sums.append(_bits(flat))
-    return tuple(torch.stack([s.cpu() for s in sums]).tolist()) if sums else ()
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over the elements' bits, each with an odd weight of its own, modulo 2**64: any one change shows."""
+    flat = tensor.reshape(-1).contiguous().view(torch.uint8)
+    words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+    odds, total = _odds(tensor.device), torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for i, chunk in enumerate(words.split(_CHUNK)):
+        total += (chunk.to(torch.int64) * odds[: chunk.numel()]).sum() * (2 * i + 1)
+    return total
 
 
-def _bits(flat: torch.Tensor) -> torch.Tensor:
-    """A sum over the elements' bits, each with a weight of its own, modulo 2**64."""
-    bits = flat.contiguous().view(torch.uint8).to(torch.int64)
-    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()
+@lru_cache(maxsize=8)
+def _odds(device: torch.device) -> torch.Tensor:
+    return torch.arange(_CHUNK, device=device) * (2 * _MIXER) + 1

@@ -17,6 +17,7 @@ FLOORS = {
     "paged_cache.memory": 1,
     "paged_cache.kernels": 1,
     "paged_cache.paged_tensor": 1,
+    "paged_cache.adapters": 1,
     "paged_cache.attention": 2,
     "paged_cache.cache": 2,
     "paged_cache.forward": 2,

@@ -133,7 +133,7 @@ def _why_per_head_differs(view: PagedView, query: torch.Tensor, kwargs: dict[str
 
 def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     pattern, group = mask.source.pattern, view.group
-    step = view.step
+    step, lengths = view.step, group.lengths
     blocks = step.storage.layers[view.layer]
     scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -145,9 +145,9 @@ def _on_blocks(query: torch.Tensor, view: PagedView, mask: Any, kwargs: dict[str
         blocks.keys,
         blocks.values,
         group.block_table,
-        step.seq_lens,
+        lengths.seq_lens,
         scale=scale,
-        cu_seqlens_q=step.cu_seqlens_q,
+        cu_seqlens_q=lengths.cu_seqlens_q,
         max_q_len=step.max_q_len,
         window=window,
         chunk=pattern.chunk,

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .compat import not_traced
 from .errors import UnsupportedModelError
 from .memory.sequence import Sequence
+from .memory.storage import Lane
 from .model_spec import cache_layers
 from .pool import BlockPool
 from .step import GroupWrites, Keys, PagedView, TableTensor, Values
@@ -25,9 +26,9 @@ class PackedStep:
 
     Attributes:
         q_len: New tokens of all rows.
-        cu_seqlens_q: int32 `[rows + 1]`, where each row's new tokens begin, and the end of the last.
         max_q_len: Most new tokens of a row.
-        seq_lens: int32 `[rows]`, tokens per row, the new ones included.
+        ends: Where each row's new tokens begin, and the end of the last.
+        lens: Tokens per row, the new ones included.
     """
 
     is_regular, needs_weights = True, False
@@ -40,20 +41,39 @@ class PackedStep:
             end += count
             ends.append(end)
         self.q_len, self.max_q_len, self.pads = end, max(num_new), (0,)
-        lens = [row.num_tokens for row in rows]
-        self.cu_seqlens_q, self.seq_lens = torch.tensor(ends + lens, dtype=torch.int32, device=pool.device).split(
-            [len(ends), len(lens)]
-        )
-        self.groups = [PackedGroup(i, self, group, cache.tables[i]) for i, group in enumerate(slots)]
+        self.ends, self.lens = ends, [row.num_tokens for row in rows]
+        self._lengths: dict[torch.device, PackedLengths] = {}
+        self.groups = [
+            PackedGroup(lane, self, slots[lane.group], cache.tables[lane.group]) for lane in pool.storage.lanes
+        ]
+
+    def lengths(self, device: torch.device) -> "PackedLengths":
+        """The rows' lengths on a device: made when its first layer asks."""
+        if device not in self._lengths:
+            self._lengths[device] = PackedLengths(self, device)
+        return self._lengths[device]
+
+
+class PackedLengths:
+    """How long the rows of a packed forward are, on one device.
+
+    Attributes:
+        cu_seqlens_q: int32 `[rows + 1]`, where each row's new tokens begin, and the end of the last.
+        seq_lens: int32 `[rows]`, tokens per row, the new ones included.
+    """
+
+    def __init__(self, step: PackedStep, device: torch.device) -> None:
+        both = torch.tensor(step.ends + step.lens, dtype=torch.int32, device=device)
+        self.cu_seqlens_q, self.seq_lens = both.split([len(step.ends), len(step.lens)])
 
 
 class PackedGroup(GroupWrites):
-    """One packed forward in one layer group; see `GroupStep`."""
+    """One packed forward in one layer group on one device; see `GroupStep`."""
 
     kv_offset = 0
 
-    def __init__(self, group: int, step: PackedStep, slots: list[int], table: TableTensor) -> None:
-        super().__init__(group, step, slots, table)
+    def __init__(self, lane: Lane, step: PackedStep, slots: list[int], table: TableTensor) -> None:
+        super().__init__(lane, step, slots, table)
         self.kv_length = step.q_len
 
 
@@ -103,7 +123,7 @@ class PackedLayer(CacheLayerMixin):
                 f"layer {self._index} gives keys {tuple(key_states.shape)} outside a packed step of as many tokens."
             )
         self._cache.num_updates += 1
-        group = step.groups[step.storage.layout.places[self._index].group]
+        group = step.groups[step.storage.lane_of[self._index]]
         keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         if group.written is not None:
             keys, values = keys[group.written], values[group.written]
@@ -136,7 +156,7 @@ class PackedCache(Cache):
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.step: PackedStep | None = None
-        self.tables = [TableTensor(pool.device) for _ in pool.storage.layout.windows]
+        self.tables = [TableTensor() for _ in pool.storage.layout.windows]
         self.num_updates = 0
         templates = enumerate(cache_layers(pool.spec.config))
         super().__init__(layers=[PackedLayer(self, i) if i in pool.spec.layers else layer for i, layer in templates])

@@ -56,7 +56,7 @@ class PagedState:
         self.is_patched = False
         self.can_announce = True
         self._is_hooked = False
-        self._tables = [TableTensor(pool.device) for _ in pool.storage.layout.windows]
+        self._tables = [TableTensor() for _ in pool.storage.layout.windows]
 
     def __del__(self) -> None:
         if self.rows:
@@ -66,9 +66,10 @@ class PagedState:
         """K and V of a layer that the next token can see, gathered: `[batch, heads, length, dim]`."""
         if not self.rows or not self.layer_lengths[layer]:
             return None
-        group = self.pool.storage.layout.places[layer].group
-        step = Step(self.pool.storage, self.rows, self.pads, self.layer_lengths[layer], 0)
-        view = GroupStep(group, step, [], self._tables[group])
+        storage = self.pool.storage
+        lane = storage.lanes[storage.lane_of[layer]]
+        step = Step(storage, self.rows, self.pads, self.layer_lengths[layer], 0)
+        view = GroupStep(lane, step, [], self._tables[lane.group])
         return PagedView(layer, view).dense
 
     def fills_a_block(self) -> bool:
@@ -216,7 +217,8 @@ class PagedState:
             self.pads,
         )
         step.groups = tuple(
-            GroupStep(group, step, slots, self._tables[group]) for group, slots in enumerate(writes.slots)
+            GroupStep(lane, step, writes.slots[lane.group], self._tables[lane.group])
+            for lane in self.pool.storage.lanes
         )
         self.open, self.pads, self.length = step, inputs.pads, end
         return step

@@ -1,4 +1,4 @@
-"""What one forward writes and reads, as tensors: made once per layer group and used by all its layers."""
+"""What one forward writes and reads, as tensors: made once per layer group and device and used by all its layers there."""
 
 from collections import defaultdict
 from collections.abc import Hashable
@@ -10,24 +10,29 @@ import torch
 
 from .memory.growth import SKIP
 from .memory.sequence import Sequence
-from .memory.storage import KVStorage
+from .memory.storage import KVStorage, Lane
 from .paged_tensor import PagedTensor, Source
 
 
 class TableTensor:
-    """Block tables of all rows in one group, on a device; only rows that changed are written again."""
+    """Block tables of all rows in one group, on each device that asks; only rows that changed are written again."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._host = torch.zeros(0, 0, dtype=torch.int32)
-        self._on_device = self._host
+        self._on: dict[torch.device, torch.Tensor] = {}
         self._versions: list[tuple[int, int]] = []
 
-    def update(self, rows: list[Sequence], group: int) -> torch.Tensor:
+    def update(self, rows: list[Sequence], group: int, device: torch.device) -> torch.Tensor:
         """int32 `[rows, max_blocks]`; entries beyond a row's blocks and returned blocks are -1."""
         versions = [(id(row), row.version) for row in rows]
-        if versions == self._versions:
-            return self._on_device
+        if versions != self._versions:
+            self._write(rows, group, versions)
+        if device not in self._on:
+            self._on[device] = self._host if device.type == "cpu" else self._host.to(device)
+        return self._on[device]
+
+    def _write(self, rows: list[Sequence], group: int, versions: list[tuple[int, int]]) -> None:
+        self._on = {}
         width = max(len(row.tables[group]) for row in rows)
         if self._host.shape[0] != len(rows) or self._host.shape[1] < width:
             self._host = torch.full((len(rows), width + width // 4 + 4), -1, dtype=torch.int32)
@@ -40,15 +45,32 @@ class TableTensor:
                 table[i, : len(blocks)] = blocks
                 table[i, len(blocks) :] = -1
         self._versions = versions
-        self._on_device = self._host if self._device.type == "cpu" else self._host.to(self._device)
-        return self._on_device
+
+
+class Lengths:
+    """How long the rows of a forward are, on one device."""
+
+    cu_seqlens_q = None  # rows are not packed
+
+    def __init__(self, step: "Step", device: torch.device) -> None:
+        self._step, self._device = step, device
+
+    @cached_property
+    def seq_lens(self) -> torch.Tensor:
+        """int32 `[batch]`: stored tokens per row, the new ones included."""
+        return torch.tensor([row.num_tokens for row in self._step.rows], dtype=torch.int32, device=self._device)
+
+    @cached_property
+    def pads(self) -> torch.Tensor:
+        """int64 `[batch]`: per row the columns of left padding."""
+        return torch.tensor(self._step.pads, dtype=torch.int64, device=self._device)
 
 
 class GroupWrites:
-    """What any forward, padded or packed, writes in one layer group.
+    """What any forward, padded or packed, writes in one layer group on one device.
 
     Args:
-        group: The layer group.
+        lane: The layer group and the device.
         step: The forward.
         slots: Of all new tokens in order; `SKIP` for those that are not written.
         table: Makes the block table.
@@ -60,26 +82,31 @@ class GroupWrites:
         memos: What kernels remember from layer to layer, by the options of their calls.
     """
 
-    def __init__(self, group: int, step: Any, slots: list[int], table: TableTensor) -> None:
-        self.group, self.step, self.window = group, step, step.storage.layout.windows[group]
+    def __init__(self, lane: Lane, step: Any, slots: list[int], table: TableTensor) -> None:
+        self.group, self.device, self.step = lane.group, lane.device, step
+        self.window = step.storage.layout.windows[lane.group]
         self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
         self._table = table
-        device = step.storage.device
         self.written: torch.Tensor | None = None
         if SKIP in slots:
             kept = [i for i, slot in enumerate(slots) if slot != SKIP]
-            self.written = torch.tensor(kept, dtype=torch.int64, device=device)
+            self.written = torch.tensor(kept, dtype=torch.int64, device=lane.device)
             slots = [slots[i] for i in kept]
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=lane.device)
 
     @cached_property
     def block_table(self) -> torch.Tensor:
         """int32 `[rows, max_blocks]`."""
-        return self._table.update(self.step.rows, self.group)
+        return self._table.update(self.step.rows, self.group, self.device)
+
+    @cached_property
+    def lengths(self) -> Any:
+        """The rows' lengths on this device; layers of all groups share them."""
+        return self.step.lengths(self.device)
 
 
 class GroupStep(GroupWrites):
-    """One forward in one layer group.
+    """One forward in one layer group on one device.
 
     Attributes:
         kv_offset: First column (token of the padded rows) that attention can see.
@@ -88,9 +115,9 @@ class GroupStep(GroupWrites):
 
     step: "Step"
 
-    def __init__(self, group: int, step: "Step", slots: list[list[int]], table: TableTensor) -> None:
+    def __init__(self, lane: Lane, step: "Step", slots: list[list[int]], table: TableTensor) -> None:
         flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]
-        super().__init__(group, step, flat, table)
+        super().__init__(lane, step, flat, table)
         self.kv_offset = 0 if self.window is None else max(step.start - self.window + 1, 0)
         self.kv_length = step.start + step.q_len - self.kv_offset
 
@@ -98,8 +125,8 @@ class GroupStep(GroupWrites):
     def dense_slots(self) -> torch.Tensor:
         """int64 `[batch * kv_length]`: the slot behind each visible column, 0 for padding."""
         size = self.step.storage.block_size
-        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.block_table.device)
-        positions = (columns - self.step.pads_tensor[:, None]).clamp_(min=0)
+        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.device)
+        positions = (columns - self.lengths.pads[:, None]).clamp_(min=0)
         blocks = self.block_table.long().gather(1, positions // size)
         return (blocks * size + positions % size).clamp_(min=0).flatten()
 
@@ -108,8 +135,8 @@ class GroupStep(GroupWrites):
         """bool `[batch, kv_length, 1, 1]`, True for columns that are padding and hold nothing; None if there are none."""
         if max(self.step.pads) <= self.kv_offset:
             return None
-        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.step.pads_tensor.device)
-        return (columns < self.step.pads_tensor[:, None])[..., None, None]
+        columns = torch.arange(self.kv_offset, self.kv_offset + self.kv_length, device=self.device)
+        return (columns < self.lengths.pads[:, None])[..., None, None]
 
 
 @dataclass
@@ -147,6 +174,7 @@ class Step:
         is_contiguous: Whether dense tensors have to be contiguous, at the cost of one more copy.
         known_pads: `pads` before this step.
         needs_weights: Whether the caller asked for attention probabilities, which no kernel gives.
+        groups: One for each lane of the storage.
     """
 
     storage: KVStorage
@@ -161,17 +189,14 @@ class Step:
     known_pads: list[int] = field(default_factory=list)
     groups: tuple[GroupStep, ...] = ()
     num_updates: int = 0
-    cu_seqlens_q = max_q_len = None  # rows are not packed
+    max_q_len = None  # rows are not packed
+    _lengths: dict[torch.device, Lengths] = field(default_factory=dict)
 
-    @cached_property
-    def seq_lens(self) -> torch.Tensor:
-        """int32 `[batch]`: stored tokens per row, the new ones included."""
-        return torch.tensor([row.num_tokens for row in self.rows], dtype=torch.int32, device=self.storage.device)
-
-    @cached_property
-    def pads_tensor(self) -> torch.Tensor:
-        """int64 `[batch]`."""
-        return torch.tensor(self.pads, dtype=torch.int64, device=self.storage.device)
+    def lengths(self, device: torch.device) -> Lengths:
+        """The rows' lengths on a device: made when its first layer asks."""
+        if device not in self._lengths:
+            self._lengths[device] = Lengths(self, device)
+        return self._lengths[device]
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's new K and V, `[batch, heads, q_len, dim]`, and returns all that its attention can see.
@@ -179,7 +204,7 @@ class Step:
         No gradient flows into the pool: tokens of earlier forwards are constants.
         """
         self.num_updates += 1
-        group = self.groups[self.storage.layout.places[layer].group]
+        group = self.groups[self.storage.lane_of[layer]]
         flat_keys, flat_values = _as_tokens(keys), _as_tokens(values)
         if group.written is not None:
             flat_keys, flat_values = flat_keys[group.written], flat_values[group.written]

@@ -1,6 +1,6 @@
 """The tensors behind the blocks.
 
-Layout: per slab one tensor for K and one for V with an entry per block; a layer sees its part of each entry as
+Layout: per slab, on the device of its layers, one tensor for K and one for V with an entry per block; a layer sees its part of each entry as
 `[num_blocks, block_size, heads, head_dim]`. On the CPU the tokens of a block lie next to each other ("NHD"): a run of
 blocks is a dense tensor and a gather one `index_select` of whole tokens. On CUDA the heads do ("HND"): what a kernel reads
 of one head is contiguous. Either order works on either device; it is decided here and nowhere else, kernels take any
@@ -9,6 +9,7 @@ contiguous too.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,14 @@ class LayerBlocks:
     flat_values: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Lane:
+    """Layers of one group on one device: a forward's tensors (slots, block table, lengths) are theirs in common."""
+
+    group: int
+    device: torch.device
+
+
 class KVStorage:
     """K and V of all layers. The only class that writes them; it knows nothing of who owns a block.
 
@@ -50,8 +59,13 @@ class KVStorage:
         num_blocks: Blocks in the pool.
         block_size: Tokens per block.
         dtype: In which K and V come back.
-        device: Of all slabs.
+        device: Of the slabs for which the layout names none.
         kv_dtype: In which they are stored, `dtype` by default; int8 or float8_e4m3fn have scales.
+
+    Attributes:
+        layers: Per layer its view.
+        lanes: Each group on each of its devices.
+        lane_of: Per layer the number of its lane.
     """
 
     def __init__(
@@ -73,12 +87,21 @@ class KVStorage:
         """Bytes of all slabs, scales included."""
         return sum(slab.nbytes for slab in self._slabs)
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where slabs are, each once, in the order of the layers; `device` if there are none."""
+        return tuple(dict.fromkeys(map(self.device_of, self.layers))) or (self.device,)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's blocks are."""
+        return self.lanes[self.lane_of[layer]].device
+
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes tokens.
 
         Args:
             layer: Layer index.
-            slots: int64 `[num_tokens]` on the storage's device, all different.
+            slots: int64 `[num_tokens]` on the layer's device, all different.
             keys: `[num_tokens, key_heads, key_dim]`.
             values: `[num_tokens, value_heads, value_dim]`.
         """
@@ -99,15 +122,17 @@ class KVStorage:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, `(source, destination)` each, all layers at once."""
         if pairs:
-            copy_blocks(self._slabs, self._slabs, torch.tensor(pairs, device=self.device))
+            for device, slabs in self._by_device.items():
+                copy_blocks(slabs, slabs, torch.tensor(pairs, device=device))
 
     def fill_blocks(self, blocks: list[int], value: float) -> None:
         """Overwrites whole blocks, so that a read of a block that was given back shows."""
-        codes = scale = torch.tensor([value], device=self.device)
+        codes = scale = torch.tensor([value])
         if self.kv_dtype in LARGEST:
             codes, scale = quantize(codes, self.kv_dtype)
         for slab in self._slabs:
-            as_bytes(slab)[blocks] = as_bytes(codes.to(slab.dtype) if slab.dtype is self.kv_dtype else scale)
+            filling = codes.to(slab.dtype) if slab.dtype is self.kv_dtype else scale
+            as_bytes(slab)[blocks] = as_bytes(filling.to(slab.device))
 
     def relayout(self, layout: PoolLayout) -> None:
         """Moves to another layout of the same layers, with the content of those whose shapes stay."""
@@ -120,30 +145,40 @@ class KVStorage:
                         moved.copy_(getattr(old[layer], name))
 
     def _allocate(self, layout: PoolLayout) -> None:
+        devices = [self._device(device) for device in layout.slab_devices]
         slabs = [
             (
-                self._slab(layout.key_numel, self.kv_dtype),
-                self._slab(layout.value_numel, self.kv_dtype),
-                self._scales(layout.key_vectors),
-                self._scales(layout.value_vectors),
+                self._slab(layout.key_numel, self.kv_dtype, device),
+                self._slab(layout.value_numel, self.kv_dtype, device),
+                self._scales(layout.key_vectors, device),
+                self._scales(layout.value_vectors, device),
             )
-            for _ in range(layout.num_slabs)
+            for device in devices
         ]
         self.layout, self._slabs = layout, [slab for four in slabs for slab in four if slab is not None]
+        self._by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for slab in self._slabs:
+            self._by_device.setdefault(slab.device, []).append(slab)
         self.layers = {
             layer: self._layer(layout.specs[layer], place.part, *slabs[place.slab])
             for layer, place in layout.places.items()
         }
+        lanes = {i: Lane(place.group, self.layers[i].keys.device) for i, place in layout.places.items()}
+        self.lanes = tuple(sorted(dict.fromkeys(lanes.values()), key=lambda lane: lane.group))
+        self.lane_of = {layer: self.lanes.index(lane) for layer, lane in lanes.items()}
 
-    def _slab(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    def _device(self, device: Any) -> torch.device:
+        return self.device if device is None else torch.device(device)
+
+    def _slab(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made in inference mode also serves `generate`, which is not
             shape = self.num_blocks, self.block_size * numel
-            if self.device.type == "cpu":
+            if device.type == "cpu":
                 return huge_pages.empty(shape, dtype)
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            return torch.empty(shape, dtype=dtype, device=device)
 
-    def _scales(self, num_vectors: int) -> torch.Tensor | None:
-        return self._slab(num_vectors, torch.float32) if self.kv_dtype in LARGEST else None
+    def _scales(self, num_vectors: int, device: torch.device) -> torch.Tensor | None:
+        return self._slab(num_vectors, torch.float32, device) if self.kv_dtype in LARGEST else None
 
     def _layer(
         self,
@@ -154,7 +189,7 @@ class KVStorage:
         key_scales: torch.Tensor | None,
         value_scales: torch.Tensor | None,
     ) -> LayerBlocks:
-        order = ORDERS.get(self.device.type, "NHD")
+        order = ORDERS.get(keys.device.type, "NHD")
         keys = self._part(keys, part, spec.key_heads, spec.key_dim, order)
         values = self._part(values, part, spec.value_heads, spec.value_dim, order)
         if key_scales is not None and value_scales is not None:

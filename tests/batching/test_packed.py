@@ -78,10 +78,10 @@ def test_what_a_step_says():
     rows.begin([0, 1], [prompt(6), prompt(3)])
     step = rows.cache.step
     assert (step.q_len, step.max_q_len) == (9, 6)
-    assert step.cu_seqlens_q.tolist() == [0, 6, 9]
-    assert step.seq_lens.tolist() == [6, 3]
-    assert step.cu_seqlens_q.dtype == step.seq_lens.dtype == torch.int32
     (group,) = step.groups
+    assert group.lengths.cu_seqlens_q.tolist() == [0, 6, 9]
+    assert group.lengths.seq_lens.tolist() == [6, 3]
+    assert group.lengths.cu_seqlens_q.dtype == group.lengths.seq_lens.dtype == torch.int32
     table = group.block_table
     size = rows.pool.block_size
     places = [(row, position) for row, length in enumerate((6, 3)) for position in range(length)]

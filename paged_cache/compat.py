@@ -77,6 +77,16 @@ def peft_layer_classes() -> tuple[type, ...]:
     return () if tuners is None or other is None else (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper)
 
 
+def plain_lora_classes() -> tuple[list[type], list[type]]:
+    """peft's LoRA layers that add `B(A(x)) * scaling`: those around linear layers, quantized ones too, and around embeddings."""
+    layers, quantized = sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.tuners.lora.bnb")
+    if layers is None:
+        return [], []
+    names = ("Linear8bitLt", "Linear4bit")
+    bits = [getattr(quantized, name) for name in names if hasattr(quantized, name)]
+    return [layers.Linear, *bits], [layers.Embedding]
+
+
 def offloaded_weights(module: torch.nn.Module) -> Mapping[str, Any] | None:
     """Where accelerate keeps the parameters of a module between two forwards; None if the module has them itself."""
     hook = getattr(module, "_hf_hook", None)
@@ -101,4 +111,14 @@ def inputs_of_peft(model: torch.nn.Module) -> str | None:
             return str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "alora_invocation_tokens", None):
             return "aLoRA"
+    return None
+
+
+def execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate's hook on a module computes, wherever its weights are meanwhile; None if none says so."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        device = getattr(each, "execution_device", None)
+        if device is not None:
+            return torch.empty(0, device=device).device  # "cuda" and 0 become "cuda:0"
     return None

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .compat import base_model, logger, uses_attention_interface
+from .devices import input_device, layer_devices
 from .errors import InvalidRequestError, UnsupportedModelError
 from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
@@ -59,13 +60,13 @@ class BlockPool:
         kv_dtype: str | torch.dtype | None = None,
         prefix_caching: bool = True,
     ) -> "BlockPool":
-        """A pool that fits the K and V of `model`, on the model's device.
+        """A pool that fits the K and V of `model`, each layer's on the device where the layer computes.
 
         Args:
             model: A `PreTrainedModel` with a text decoder, or a `PeftModel` around one.
             num_blocks: Blocks in the pool. Exactly one of `num_blocks` and `memory` is given.
-            memory: Bytes for K and V: an int, a string such as "2GiB" or "500MB", or a float, the share of the memory
-                that is free now.
+            memory: Bytes for K and V on all devices: an int, a string such as "2GiB" or "500MB", or a float, the share
+                of the memory that is free now on each.
             block_size: Tokens per block, a power of two.
             dtype: In which K and V come back; the model's by default.
             kv_dtype: In which they are stored: "int8" or "fp8_e4m3" take half the memory of 16 bits, at some loss of
@@ -84,16 +85,16 @@ class BlockPool:
         check_block_size(block_size)
         dtype, kv_dtype = check_dtypes(dtype, kv_dtype, inner.dtype)
         spec = model_spec(inner.config)
-        layout = plan_layout(spec.layers)
-        block_nbytes = layout.entry_bytes_per_token(*itemsizes(kv_dtype)) * block_size
-        count = num_blocks_for(num_blocks, memory, block_nbytes, inner.device)
+        layout = plan_layout(spec.layers, layer_devices(inner, spec.layers))
+        per_token = layout.entry_bytes_by_device(*itemsizes(kv_dtype)) or {input_device(inner): 0}
+        count = num_blocks_for(num_blocks, memory, {device: n * block_size for device, n in per_token.items()})
         pool = cls(
             spec,
             layout,
             num_blocks=count,
             block_size=block_size,
             dtype=dtype,
-            device=inner.device,
+            device=next(map(layout.device_of, spec.layers), input_device(inner)),
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
         )
@@ -134,8 +135,13 @@ class BlockPool:
 
     @property
     def device(self) -> torch.device:
-        """Where the blocks are."""
+        """Where the blocks of the first layer with K and V are."""
         return self.storage.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where blocks are: the devices of all layers, each once."""
+        return self.storage.devices
 
     @property
     def nbytes(self) -> int:
@@ -232,7 +238,7 @@ class BlockPool:
         groups = len(self.storage.layout.windows)
         return (
             f"{self.num_blocks} blocks of {self.block_size} tokens, {self.nbytes / 2**30:.3f} GiB of {self.kv_dtype} on "
-            f"{self.device}, {self.bytes_per_token} bytes per token, room for {self.num_tokens} tokens"
+            f"{', '.join(map(str, self.devices))}, {self.bytes_per_token} bytes per token, room for {self.num_tokens} tokens"
             + (f" ({groups} layer groups; windows return blocks)" if groups > 1 else "")
         )
 
@@ -247,10 +253,10 @@ class BlockPool:
                     f"layer {layer} gives {name} of {x.dtype}, the pool holds {self.dtype} and would lose precision: "
                     f"BlockPool.for_model(model, ..., dtype={torch.promote_types(x.dtype, self.dtype)})."
                 )
-            if x.device != self.device:
+            if layer in self.storage.layers and x.device != self.storage.device_of(layer):
                 raise InvalidRequestError(
-                    f"layer {layer} gives {name} on {x.device}, the pool is on {self.device}: make the pool after the "
-                    "model was moved."
+                    f"layer {layer} gives {name} on {x.device}, its blocks in the pool are on "
+                    f"{self.storage.device_of(layer)}: make the pool after the model was moved or dispatched."
                 )
         window = self.spec.layers[layer].window if layer in self.spec.layers else None
         self.confirm(layer, LayerSpec(window, keys.shape[1], keys.shape[3], values.shape[1], values.shape[3]))

@@ -1,6 +1,7 @@
 """How large a pool is: checks and conversions of what callers say."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -51,8 +52,15 @@ def check_block_size(block_size: Any) -> None:
         raise InvalidRequestError(f"block_size is {block_size!r}; it has to be a power of two, such as 16.")
 
 
-def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: int, device: torch.device) -> int:
-    """The size of a pool from the one of `num_blocks` and `memory` that is given."""
+def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: Mapping[Any, int]) -> int:
+    """The size of a pool from the one of `num_blocks` and `memory` that is given.
+
+    Args:
+        num_blocks: Blocks.
+        memory: As `parse_memory` takes it: bytes of all devices together, or a share of what is free on each, of which the
+            scarcest decides.
+        block_nbytes: Bytes of one block by device.
+    """
     if (num_blocks is None) == (memory is None):
         raise InvalidRequestError(
             f"num_blocks is {num_blocks!r} and memory is {memory!r}; give exactly one of them, e.g. memory='2GiB'."
@@ -61,10 +69,20 @@ def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: int, device: torc
         if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
             raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
         return num_blocks
+    if isinstance(memory, float):
+        return min(_fitting(memory, nbytes, device) for device, nbytes in block_nbytes.items())
+    return _fitting(memory, sum(block_nbytes.values()), next(iter(block_nbytes)))
+
+
+def _fitting(memory: Any, block_nbytes: int, device: torch.device) -> int:
+    """How many blocks of so many bytes fit."""
     nbytes = parse_memory(memory, device)
     if nbytes < block_nbytes:
-        raise InvalidRequestError(f"memory={memory!r} is {nbytes} bytes; one block alone takes {block_nbytes} bytes.")
-    return int(nbytes // block_nbytes) if block_nbytes else 1  # models of states only keep nothing in blocks
+        raise InvalidRequestError(
+            f"memory={memory!r} is {nbytes} bytes{f' of {device}' if isinstance(memory, float) else ''}; one block alone "
+            f"takes {block_nbytes} bytes."
+        )
+    return nbytes // block_nbytes if block_nbytes else 1  # models of states only keep nothing in blocks
 
 
 def parse_memory(memory: Any, device: torch.device) -> int:

@@ -20,6 +20,7 @@ FLOORS = {
     "paged_cache.adapters": 1,
     "paged_cache.attention": 2,
     "paged_cache.cache": 2,
+    "paged_cache.devices": 2,
     "paged_cache.forward": 2,
     "paged_cache.layers": 2,
     "paged_cache.masks": 2,

@@ -1,0 +1,71 @@
+"""Where the parts of a model compute: on the device of their weights, or where accelerate's hooks take them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import torch
+from transformers import PreTrainedModel
+
+from .compat import execution_device
+
+
+def layer_devices(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, torch.device]:
+    """Per cache layer where its K and V are computed.
+
+    Args:
+        model: Its attention modules say by `layer_idx` which layer they are; for layers of which none says so, the device
+            is that of the inputs.
+        layers: The layers with K and V.
+    """
+    known = _attention_modules(model.get_decoder())
+    hooked = _hooked_by_ancestors(model)
+    default = input_device(model)
+    return {i: _device_of(known[i], hooked) or default if i in known else default for i in layers}
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's forward begins: there its inputs are made."""
+    hooked = _hooked_by_ancestors(model)
+    return _device_of(_embedding(model), hooked) or _device_of(model, hooked) or model.device
+
+
+def _embedding(model: PreTrainedModel) -> torch.nn.Module:
+    """The first module that a forward calls, or the model itself if that is not known."""
+    with contextlib.suppress(NotImplementedError):
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, torch.nn.Module):
+            return embedding
+    return model
+
+
+def _attention_modules(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """By layer the module that makes its K and V: of those that carry its number, the first that is called attention."""
+    found: dict[int, torch.nn.Module] = {}
+    for name in ("attention", ""):
+        for module in decoder.modules():
+            index = getattr(module, "layer_idx", None)
+            if isinstance(index, int) and name in type(module).__name__.lower():
+                found.setdefault(index, module)
+    return found
+
+
+def _device_of(module: torch.nn.Module, inherited: dict[torch.nn.Module, torch.device]) -> torch.device | None:
+    """That of the first hook in a module, else of a hook around it, else of its weights; None if these are nowhere."""
+    hooked = filter(None, map(execution_device, module.modules()))
+    around = filter(None, [inherited.get(module)])
+    return next(chain(hooked, around, _weight_devices(module)), None)
+
+
+def _weight_devices(module: torch.nn.Module) -> Iterator[torch.device]:
+    return (x.device for x in chain(module.parameters(), module.buffers()) if not x.is_meta)
+
+
+def _hooked_by_ancestors(model: torch.nn.Module) -> dict[torch.nn.Module, torch.device]:
+    """For each module the device of the nearest hook around it."""
+    inherited: dict[torch.nn.Module, torch.device] = {}
+    for module in model.modules():  # parents come before their children
+        device = execution_device(module) or inherited.get(module)
+        if device is not None:
+            inherited.update(dict.fromkeys(module.children(), device))
+    return inherited

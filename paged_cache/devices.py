@@ -30,6 +30,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return _device_of(_embedding(model), hooked) or _device_of(model, hooked) or model.device
 
 
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether accelerate's hooks make parts of a model compute on different devices."""
+    return len(set(filter(None, map(execution_device, model.modules())))) > 1
+
+
 def _embedding(model: PreTrainedModel) -> torch.nn.Module:
     """The first module that a forward calls, or the model itself if that is not known."""
     with contextlib.suppress(NotImplementedError):

@@ -211,7 +211,7 @@ class Engine:
         """A step of so many tokens ran out of memory."""
         self._budget, self._good_steps = count // 2, 0
         logger.warning("out of memory with %d tokens in a step, trying %d", count, self._budget)
-        if self.memory.pool.device.type == "cuda":
+        if any(device.type == "cuda" for device in self.memory.pool.devices):
             torch.cuda.empty_cache()
 
     def _execute(self, plan: StepPlan, count: int) -> None:

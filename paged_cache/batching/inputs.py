@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..devices import input_device
 from .beam_search import BeamSearch
 from .decoding import Decoding
 from .options import RequestOptions, require_callables
@@ -26,7 +27,7 @@ class InputProcessor:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, clock: Callable[[], float]) -> None:
         self._model, self._tokenizer, self._clock = model, tokenizer, clock
-        self._prepare = Preparation(model, tokenizer)
+        self._prepare, self._device = Preparation(model, tokenizer), input_device(model)
         self._numbers = itertools.count()
 
     def read(self, prompt: Any) -> list[int]:
@@ -89,4 +90,4 @@ class InputProcessor:
         """Without a seed one is drawn from torch's own generator, so that `torch.manual_seed` decides."""
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        return torch.Generator(self._model.device).manual_seed(seed)
+        return torch.Generator(self._device).manual_seed(seed)

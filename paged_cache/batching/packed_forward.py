@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..compat import base_model
+from ..devices import input_device, is_spread
 from ..errors import UnsupportedModelError
 from ..memory.growth import Growth
 from ..memory.sequence import Sequence
@@ -26,11 +28,12 @@ class PackedForward:
 
     def __init__(self, model: Any, pool: BlockPool) -> None:
         self.model, self.pool = model, pool
-        self._manager, self._device = pool.manager, pool.device
+        self._manager, self._device = pool.manager, input_device(base_model(model))
         self._num_layers = len(pool.spec.layers)
         self._cache = PackedCache(pool)
         inner = getattr(model, "_orig_mod", model)
         self._can_select = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._is_spread = is_spread(inner)
 
     def __call__(self, chunks: list[Chunk]) -> torch.Tensor:
         """Computes the chunks' tokens: all of them, or none if anything is raised.
@@ -95,8 +98,7 @@ class PackedForward:
             if end == len(row.tokens):
                 lasts.append(len(ids) - 1)
         inputs = torch.tensor([[ids], [positions]], device=self._device)
-        kept = torch.tensor(lasts, device=self._device) if len(lasts) < len(ids) else 0
-        options = {"logits_to_keep": kept if lasts else 1} if self._can_select else {}
+        options = {"logits_to_keep": self._kept(lasts, len(ids))} if self._can_select else {}
         output = self.model(
             input_ids=inputs[0],
             position_ids=inputs[1],
@@ -109,10 +111,19 @@ class PackedForward:
             raise UnsupportedModelError(
                 f"{self._cache.num_updates} of {self._num_layers} layers stored their K and V in a packed forward."
             )
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits[0].to(self._device)
         if not lasts:
             return logits[:0]
         return logits if self._can_select else logits[lasts]
+
+    def _kept(self, lasts: list[int], num_tokens: int) -> Any:
+        """`logits_to_keep` for the logits at `lasts`; all are 0."""
+        if not lasts:
+            return 1
+        if len(lasts) == num_tokens:
+            return 0
+        # accelerate would move a tensor to where the model begins, but the model indexes where its layers end
+        return lasts if self._is_spread else torch.tensor(lasts, device=self._device)
 
 
 class _Part:

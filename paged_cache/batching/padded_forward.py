@@ -7,6 +7,8 @@ import torch
 from transformers import EncoderDecoderCache
 
 from ..cache import PagedCache
+from ..compat import base_model
+from ..devices import input_device
 from ..errors import UnsupportedModelError
 from ..layers import copy_states
 from ..pool import BlockPool
@@ -31,6 +33,7 @@ class PaddedForward:
     def __init__(self, model: Any, pool: BlockPool) -> None:
         self.model, self.pool = model, pool
         self._inner = getattr(model, "_orig_mod", model)
+        self._device = input_device(base_model(model))
         parameters = inspect.signature(self._inner.forward).parameters
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._has_positions = "position_ids" in parameters
@@ -119,7 +122,7 @@ class PaddedForward:
 
     def _forward(self, ids: list[list[int]], cache: PagedCache, pads: list[int], length: int) -> torch.Tensor:
         """Logits `[rows, vocab_size]` behind each row's last token."""
-        device, q_len = self.pool.device, len(ids[0])
+        device, q_len = self._device, len(ids[0])
         columns = torch.arange(length, device=device)
         mask = (columns >= torch.tensor(pads, device=device)[:, None]).long()
         inputs: dict[str, Any] = {"use_cache": True}
@@ -133,7 +136,7 @@ class PaddedForward:
         output = self.model(**inputs, return_dict=True)
         if _remembers_more(getattr(output, self._cache_name, cache), cache):
             raise UnsupportedModelError("it keeps more between forwards than the cache that it is given.")
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -1].to(device)
         return logits
 
     def _prepare(self, ids: torch.Tensor, cache: PagedCache, inputs: dict[str, Any], is_first: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from ..devices import input_device
 from ..errors import InvalidRequestError
 from .shadow import shadow
 
@@ -76,7 +77,7 @@ class Preparation:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
-        self._device, self._tokenizer = model.device, tokenizer
+        self._device, self._tokenizer = input_device(model), tokenizer
         self._asked = shadow(
             model,
             _prepare_cache_for_generation=lambda *args, **kwargs: None,

@@ -28,7 +28,7 @@ class RopeForward(OneByOneForward):
         original: int | None = getattr(self._inner.config, "original_max_position_embeddings", None)
         if original is None:
             return None
-        ids = torch.zeros(1, original + 1, dtype=torch.long, device=self.pool.device)
+        ids = torch.zeros(1, original + 1, dtype=torch.long, device=self._device)
         inputs = self._inner.prepare_inputs_for_generation(ids, **{self._cache_name: PagedCache(self.pool)})
         return original if inputs.get(self._cache_name) is None else None
 

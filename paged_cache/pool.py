@@ -15,11 +15,12 @@ from .memory.manager import BlockManager
 from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
 from .pool_stats import PoolStats
+from .saved_prefixes import SavesPrefixes
 from .sizes import check_block_size, check_dtypes, num_blocks_for
 from .weights import WeightsVersion
 
 
-class BlockPool:
+class BlockPool(SavesPrefixes):
     """All blocks of one model. Make it with `for_model`; any number of `PagedCache`s may draw from it.
 
     Attributes:

@@ -23,14 +23,18 @@ FLOORS = {
     "paged_cache.devices": 2,
     "paged_cache.forward": 2,
     "paged_cache.layers": 2,
+    "paged_cache.fingerprint": 2,
     "paged_cache.masks": 2,
     "paged_cache.model_spec": 2,
     "paged_cache.packed": 2,
     "paged_cache.patching": 2,
     "paged_cache.pool": 2,
     "paged_cache.pool_stats": 1,
+    "paged_cache.prefix_checks": 2,
+    "paged_cache.prefix_file": 2,
     "paged_cache.prompt": 2,
     "paged_cache.reuse": 2,
+    "paged_cache.saved_prefixes": 2,
     "paged_cache.sizes": 1,
     "paged_cache.state": 2,
     "paged_cache.step": 2,
@@ -71,6 +75,7 @@ SCHEDULING = [
 BOOKKEEPING = ["paged_cache.errors", "paged_cache.memory", *SCHEDULING]
 # A module of these that needs tensors is listed here; everything else in there stays plain.
 NOT_BOOKKEEPING = [
+    "paged_cache.memory.block_content",
     "paged_cache.memory.pool",
     "paged_cache.memory.storage",
     "paged_cache.memory.huge_pages",

@@ -62,6 +62,10 @@ class PrefixIndex:
         """All blocks in the index."""
         return iter(list(self._places))
 
+    def roots(self) -> list[PrefixNode]:
+        """The starts of all prefixes there are."""
+        return list(self._roots.values())
+
     def root(self, key: Hashable) -> PrefixNode:
         """The start of all prefixes under `key`; made on first use."""
         node = self._roots.get(key)

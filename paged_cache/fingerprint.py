@@ -1,0 +1,206 @@
+"""Names a model by what it computes: the same in every process, on every device, with or without peft around it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .adapters import tuners as peft_layers
+from .compat import offloaded_weights
+from .errors import InvalidRequestError
+
+_ROW = 2**14
+"""Words of 32 bits that make one sum."""
+
+_ROWS = {"cpu": 16, "cuda": 512}
+"""Rows summed at once: what stays in a cache on a CPU, what keeps a GPU busy."""
+
+_VOLATILE = {
+    "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map", "use_cache", "return_dict", "id2label",
+    "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "gradient_checkpointing",
+    "output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "task_specific_params", "initializer_range",
+}  # fmt: skip
+"""Fields of a model's config that change neither K nor V; names that begin with "_" are paths and choices of kernels."""
+
+_VOLATILE_OF_ADAPTERS = {
+    "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type", "inference_mode",
+    "init_lora_weights", "init_weights", "lora_dropout", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "arrow_config", "ensure_weight_tying",
+}  # fmt: skip
+"""Fields of an adapter's config that say where it comes from or how it is trained."""
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Names a tensor's dtype, shape and bits, 32 hexadecimal digits; equal on all devices.
+
+    One pass at the speed of memory, with temporaries of a few MiB. Against accidents, not against forgers.
+
+    Raises:
+        InvalidRequestError: Its content cannot be read.
+    """
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for part in _plain(tensor):
+        try:
+            flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
+        except (RuntimeError, NotImplementedError) as error:
+            raise InvalidRequestError(
+                f"a {type(tensor).__name__} of {tensor.dtype} has no bits to read: {error}"
+            ) from None
+        digest.update(_row_sums(flat).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def model_config(model: Any) -> dict[str, Any]:
+    """The fields of a model's config that change what it computes, as JSON has them."""
+    return _as_json(model.config.to_dict(), _VOLATILE)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def weights_digest(model: torch.nn.Module) -> str:
+    """Names the content of all base weights (adapters left out), 32 hexadecimal digits.
+
+    Reads every weight once; those that accelerate offloaded where they are.
+
+    Raises:
+        InvalidRequestError: A weight is on the meta device and nothing says where its values are.
+    """
+    known: dict[Any, str] = {}  # tied weights are read once
+    entries = []
+    for name, tensor in _weights(model):
+        place = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+        if not tensor.data_ptr() or place not in known:
+            known[place] = tensor_digest(tensor)
+        entries.append((name, known[place]))
+    return _digest(sorted(entries))
+
+
+@torch.no_grad()
+def adapters_digest(model: torch.nn.Module, adapter_name: str | None) -> tuple[list[str], str]:
+    """The adapters that count for rows with this one, None for those that are active, and what names their content.
+
+    Returns:
+        Their names, [] for the base model, and 32 hexadecimal digits, "none" for the base model. Merged adapters are part
+        of the base weights.
+    """
+    names = _names(model)
+    used: dict[str, None] = {}
+    entries: list[Any] = []
+    for tuner in peft_layers.split(model)[1]:
+        if tuner.merged_adapters and not tuner.disable_adapters:
+            continue
+        for adapter in peft_layers.effective(tuner, adapter_name):
+            used[adapter] = None
+            numbers = [(attribute, _named(value)) for attribute, value in peft_layers.content(tuner, adapter)]
+            entries.append((names[tuner], adapter, sorted(numbers)))
+    if not used:
+        return [], "none"
+    configs = getattr(model, "peft_config", {})
+    fields = [configs[name].to_dict() if name in configs else None for name in used]
+    return list(used), _digest([sorted(entries), _as_json(fields, _VOLATILE_OF_ADAPTERS)])
+
+
+def loaded_adapters(model: torch.nn.Module) -> list[str]:
+    """The adapters that are in memory; none of them counts where one is merged into the base weights."""
+    return sorted({name for tuner in peft_layers.split(model)[1] for name in peft_layers.names_in(tuner)})
+
+
+def merged_adapters(model: torch.nn.Module) -> list[str]:
+    """The adapters that are part of the base weights now."""
+    return list(peft_layers.merged(list(peft_layers.split(model)[1])))
+
+
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers that are saved with a model, and what else a layer saves, by names that peft does not change."""
+    names = _names(model)
+    for module in peft_layers.split(model)[0]:
+        saved: dict[str, Any] = {}
+        module._save_to_state_dict(saved, "", True)
+        for name, value in saved.items():
+            full = f"{names[module]}.{name}" if names[module] else name
+            if isinstance(value, torch.Tensor):
+                yield full, _readable(module, name, full, value)
+
+
+def _names(model: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    wrapping = {"base_layer", "original_module", "token_adapter"}
+    return {
+        module: ".".join(part for part in name.split(".") if part not in wrapping)
+        for name, module in model.named_modules()
+    }
+
+
+def _readable(module: torch.nn.Module, name: str, full: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_meta:
+        return tensor
+    offloaded = offloaded_weights(module)
+    try:
+        kept = offloaded[name] if offloaded is not None else tensor
+    except KeyError:
+        kept = tensor
+    if kept.is_meta:
+        raise InvalidRequestError(
+            f"the weight {full} is on the meta device and accelerate does not keep its values: load the model's weights first."
+        )
+    return torch.as_tensor(kept)
+
+
+def _named(value: Any) -> str:
+    return tensor_digest(value) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a wrapper, such as a quantised weight, is made of; or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _row_sums(flat: torch.Tensor) -> torch.Tensor:
+    """int64, one per started row of bytes: the words, each times an odd number of its own, modulo 2**64."""
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    weights, step = _multipliers(flat.device), _ROWS.get(flat.device.type, 16)
+    whole = flat.numel() // (4 * _ROW)
+    rows = flat[: whole * 4 * _ROW].view(torch.int32).view(whole, _ROW)
+    rest = flat.new_zeros(4 * _ROW)
+    rest[: flat.numel() - rows.numel() * 4] = flat[rows.numel() * 4 :]
+    parts = [(rows[start : start + step] * weights).sum(-1) for start in range(0, whole, step)]
+    return torch.cat([*parts, (rest.view(torch.int32) * weights).sum(-1, keepdim=True)])
+
+
+@lru_cache(maxsize=8)
+def _multipliers(device: torch.device) -> torch.Tensor:
+    """Odd numbers of 64 bits without a pattern, so that no two words can make up for each other."""
+    mixed = (torch.arange(1, _ROW + 1, device=device) * -7046029254386353131) ^ 0x5851F42D4C957F2D
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+def _as_json(value: Any, volatile: set[str]) -> Any:
+    """What JSON can say of a config, the same whatever order sets have."""
+    if isinstance(value, dict):
+        kept = {str(key): item for key, item in value.items() if str(key) not in volatile}
+        return {key: _as_json(kept[key], volatile) for key in sorted(kept) if not key.startswith("_")}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item, volatile) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, (bool, int, str)):
+        return value if not isinstance(value, str) else str(getattr(value, "value", value))
+    return (
+        repr(value)
+        if isinstance(value, float)
+        else str(value)
+        if isinstance(value, torch.dtype)
+        else type(value).__name__
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

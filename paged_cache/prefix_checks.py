@@ -1,0 +1,110 @@
+"""Whether a file of prefixes fits a model and its pool."""
+
+from collections.abc import Container, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .adapters.tuners import BASE
+from .errors import InvalidRequestError
+from .fingerprint import loaded_adapters, merged_adapters, model_config, weights_digest
+from .kernels.quantized import LARGEST
+from .memory.layout import LayerSpec
+from .memory.storage import KVStorage
+from .prefix_file import PrefixFile, Root
+
+States = dict[Hashable, tuple[tuple[str, ...], str]]
+"""Key of the weights under some adapters, to the names of the adapters that count and what names their content."""
+
+
+def check_pool(path: Path, file: PrefixFile, storage: KVStorage, confirmed: Container[int]) -> None:
+    """Raises `InvalidRequestError` unless the pool can hold what the file holds.
+
+    Layers that are not `confirmed` may have other shapes: no forward has told yet whether the config tells the truth.
+    """
+    found = file.description
+    _require_same(path, "dtype", found.dtype, dtype_name(storage.dtype))
+    _require_same(path, "kv_dtype", found.kv_dtype, dtype_name(storage.kv_dtype))
+    _require_same(path, "block_size", found.block_size, storage.block_size)
+    specs = dict(sorted(storage.layout.specs.items()))
+    _require_same(path, "layers with K and V", list(found.layers), list(specs))
+    for layer, spec in specs.items():
+        other = found.layers[layer]
+        if layer in confirmed or other.window != spec.window:
+            _require_same(path, f"layer {layer}", other, spec)
+        content = {kind: (tensor.dtype, tuple(tensor.shape)) for kind, tensor in file.layers[layer].items()}
+        count = len(file.holding(found.windows.index(other.window)))
+        _require_same(path, f"tensors of layer {layer}", content, _expected(storage, other, count))
+
+
+def check_model(path: Path, file: PrefixFile, model: Any) -> None:
+    """Raises `InvalidRequestError` unless this model computes what the file holds. Reads all of its weights."""
+    found = file.description
+    _require_same(path, "transformers", found.transformers, transformers.__version__)
+    _require_same(path, "a model of class", found.model_class, type(model).__name__)
+    config = model_config(model)
+    for name in sorted(config.keys() | found.config.keys()):
+        _require_same(path, f"config.{name}", found.config.get(name), config.get(name))
+    tokens = [token for branch in file.branches for token in branch.tokens]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
+        raise InvalidRequestError(
+            f"{path} has token ids from {min(tokens)} to {max(tokens)}, the model knows 0 to {vocabulary - 1}."
+        )
+    _require_same(path, "weights whose fingerprint is", found.weights, weights_digest(model))
+
+
+def keys_of_roots(
+    path: Path, file: PrefixFile, model: Any, states: States, adapter_name: str | None
+) -> list[Hashable | None]:
+    """What each root of the file is in this process, as `BlockPool.root_key` has it; None for adapters not asked for.
+
+    Raises:
+        InvalidRequestError: An adapter is not loaded, is another one, or the weights are not in the state for it.
+    """
+    by_adapters = {adapters: key for key, adapters in states.items()}
+    keys: list[Hashable | None] = []
+    for root in file.description.roots:
+        key = by_adapters.get((root.adapters, root.adapters_digest))
+        if key is None and (adapter_name is None or (adapter_name,) == (root.adapters or (BASE,))):
+            raise InvalidRequestError(_why_not(path, root, model, states))
+        keys.append(None if key is None else (key, root.salt, root.extra))
+    return keys
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _expected(storage: KVStorage, spec: LayerSpec, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """By kind the dtype and the shape of a layer's tensors."""
+    keys, values = (count, storage.block_size, spec.key_heads), (count, storage.block_size, spec.value_heads)
+    kv_dtype = storage.kv_dtype
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "keys": (kv_dtype, (*keys, spec.key_dim)),
+        "values": (kv_dtype, (*values, spec.value_dim)),
+    }
+    if kv_dtype in LARGEST:
+        expected |= {"key_scales": (torch.float32, keys), "value_scales": (torch.float32, values)}
+    return expected
+
+
+def _why_not(path: Path, root: Root, model: Any, states: States) -> str:
+    names, loaded, merged = list(root.adapters), loaded_adapters(model), merged_adapters(model)
+    known = [digest for adapters, digest in states.values() if adapters == root.adapters]
+    what = f"{path} has prefixes of {f'the adapters {names}' if names else 'the model without adapters'}"
+    if merged:
+        return f"{what}; the model has {merged} merged into its weights: unmerge them first."
+    if known:
+        return f"{what} with fingerprint {root.adapters_digest}; those that are loaded have {known[0]}: save again."
+    if missing := [name for name in names if name not in loaded]:
+        return f"{what}; {missing} are not loaded, only {loaded}: load them, or ask for others with adapter_name."
+    return f"{what} together; others are active: call set_adapter({names}), or ask for others with adapter_name."
+
+
+def _require_same(path: Path, what: str, found: Any, here: Any) -> None:
+    if found != here:
+        raise InvalidRequestError(f"{path} was saved with {what} {found!r}, here it is {here!r}.")

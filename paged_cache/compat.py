@@ -114,6 +114,10 @@ def inputs_of_peft(model: torch.nn.Module) -> str | None:
     return None
 
 
+HOOKED_FORWARD = "_old_forward"
+"""Where accelerate keeps the forward of a module that it put a hook around."""
+
+
 def execution_device(module: torch.nn.Module) -> torch.device | None:
     """Where accelerate's hook on a module computes, wherever its weights are meanwhile; None if none says so."""
     hook = getattr(module, "_hf_hook", None)

@@ -73,11 +73,34 @@ class MaskSource:
 
 
 class LazyMask(LazyTensor):
-    """`[batch, 1, q_length, kv_length]` of a `MaskPattern` and left padding."""
+    """`[batch, 1, q_length, kv_length]` of a `MaskPattern` and left padding.
 
-    def exact(self) -> torch.Tensor | None:
+    Moving it to another device, as accelerate does from layer to layer, moves nothing but says where it will be made.
+    """
+
+    def exact(self) -> Any:
         """The mask as the attention before `patch` expects it, possibly None."""
-        return self.source.exact()  # type: ignore[attr-defined, no-any-return]
+        return self._here(self.source.exact())  # type: ignore[attr-defined]
+
+    def dense(self) -> torch.Tensor:
+        """The mask as a tensor on this device; made on the first call."""
+        if self._dense is None:
+            self._dense = self._here(self.source.dense())
+        return self._dense
+
+    def _here(self, mask: Any) -> Any:
+        return mask.to(self.device) if isinstance(mask, torch.Tensor) else mask
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            mask, options = args[0], dict(kwargs or {})
+            device, dtype = options.get("device") or mask.device, options.get("dtype") or mask.dtype
+            if device != mask.device and dtype is mask.dtype:
+                return cls(mask.source, tuple(mask.shape), dtype, device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def paged_mask(prior: str, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import cache, partial, update_wrapper, wraps
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -16,7 +16,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .attention import paged_attention_forward
-from .compat import base_model, decoder_config, layer_configs, logger, not_traced, uses_attention_interface
+from .compat import (
+    HOOKED_FORWARD,
+    base_model,
+    decoder_config,
+    layer_configs,
+    logger,
+    not_traced,
+    uses_attention_interface,
+)
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
 from .masks import paged_mask
@@ -135,8 +143,10 @@ class _Patch:
         if copied_from is None:
             model.register_forward_pre_hook(_Before(lazy, prior), with_kwargs=True, prepend=True)
             model.register_forward_hook(_after, with_kwargs=True, always_call=True)
-            if "forward" not in vars(model):
-                model.forward = MethodType(_guarded(type(model).forward), model)
+            own = vars(model).get("forward")
+            model.forward = _OwnGuard(_call, model, own) if own else MethodType(_guarded(type(model).forward), model)
+            if own:
+                update_wrapper(model.forward, own)
 
     def remove(self, model: torch.nn.Module) -> None:
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
@@ -148,8 +158,7 @@ class _Patch:
                     "_forward_hooks_always_called",
                 ):
                     getattr(model, names).pop(key, None)
-        if getattr(vars(model).get("forward"), "is_guard", False):
-            del model.forward
+        _remove_guard(model)
         if self._unregister is not None:
             self._unregister()
 
@@ -198,6 +207,9 @@ def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
         state.abort() if output is None else state.finish()
 
 
+_guards: set[Any] = set()
+
+
 @cache
 def _guarded(forward: Any) -> Any:
     """`forward` that takes its step back on anything that stops it: torch calls no hook after a `KeyboardInterrupt`."""
@@ -210,8 +222,33 @@ def _guarded(forward: Any) -> Any:
             _after(self, args, kwargs, None)  # type: ignore[arg-type]
             raise
 
-    guarded.is_guard = True  # type: ignore[attr-defined]
+    _guards.add(guarded)
     return guarded
+
+
+class _OwnGuard(partial[Any]):
+    """The same around a forward that the model itself has, such as accelerate's."""
+
+
+def _call(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        _after(model, args, kwargs, None)
+        raise
+
+
+def _remove_guard(model: Any) -> None:
+    """Wherever it is by now: a hook of accelerate's that was added later is around it."""
+    forward, hooked = vars(model).get("forward"), vars(model).get(HOOKED_FORWARD)
+    if isinstance(forward, _OwnGuard):
+        model.forward = forward.args[1]
+    elif getattr(forward, "__func__", None) in _guards:
+        del model.forward
+    elif getattr(hooked, "__func__", None) in _guards:
+        plain = MethodType(type(model).forward, model)
+        setattr(model, HOOKED_FORWARD, plain)
+        model.forward.__wrapped__ = plain
 
 
 _priors: dict[int, tuple[PreTrainedConfig, str, int]] = {}

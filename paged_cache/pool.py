@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from .compat import base_model, logger, uses_attention_interface
 from .devices import input_device, layer_devices
 from .errors import InvalidRequestError, UnsupportedModelError
+from .memory.host_storage import attach
 from .memory.layout import LayerSpec, PoolLayout, plan_layout
 from .memory.manager import BlockManager
 from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
 from .pool_stats import PoolStats
 from .saved_prefixes import SavesPrefixes
-from .sizes import check_block_size, check_dtypes, num_blocks_for
+from .sizes import check_block_size, check_dtypes, num_blocks_for, num_host_blocks_for
 from .weights import WeightsVersion
 
 
@@ -39,11 +40,13 @@ class BlockPool(SavesPrefixes):
         device: torch.device,
         kv_dtype: torch.dtype | None = None,
         prefix_caching: bool = True,
+        num_host_blocks: int = 0,
     ) -> None:
         self.spec = spec
         self.storage = KVStorage(layout, num_blocks, block_size, dtype, device, kv_dtype)
-        self.manager = BlockManager(num_blocks, block_size, layout.windows, prefix_caching)
+        self.manager = BlockManager(num_blocks, block_size, layout.windows, prefix_caching, num_host_blocks)
         self.manager.on_copy = self._copy_blocks
+        self.host_storage = attach(self.manager.host, self.storage) if num_host_blocks else None
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._weights: WeightsVersion | None = None
         self._confirmed: set[int] = set()
@@ -60,6 +63,7 @@ class BlockPool(SavesPrefixes):
         dtype: torch.dtype | None = None,
         kv_dtype: str | torch.dtype | None = None,
         prefix_caching: bool = True,
+        offload_memory: int | float | str | None = None,
     ) -> "BlockPool":
         """A pool that fits the K and V of `model`, each layer's on the device where the layer computes.
 
@@ -73,6 +77,7 @@ class BlockPool(SavesPrefixes):
             kv_dtype: In which they are stored: "int8" or "fp8_e4m3" take half the memory of 16 bits, at some loss of
                 precision (docs/quantized_kv.md); "auto", the default, is `dtype`.
             prefix_caching: Whether blocks of a prompt stay findable for later prompts that start alike.
+            offload_memory: Bytes of host memory, as `memory`, for blocks that would be evicted (docs/kv_offload.md).
 
         Raises:
             InvalidRequestError: An argument is wrong.
@@ -88,7 +93,8 @@ class BlockPool(SavesPrefixes):
         spec = model_spec(inner.config)
         layout = plan_layout(spec.layers, layer_devices(inner, spec.layers))
         per_token = layout.entry_bytes_by_device(*itemsizes(kv_dtype)) or {input_device(inner): 0}
-        count = num_blocks_for(num_blocks, memory, {device: n * block_size for device, n in per_token.items()})
+        per_block = {device: n * block_size for device, n in per_token.items()}
+        count = num_blocks_for(num_blocks, memory, per_block)
         pool = cls(
             spec,
             layout,
@@ -98,6 +104,7 @@ class BlockPool(SavesPrefixes):
             device=next(map(layout.device_of, spec.layers), input_device(inner)),
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
+            num_host_blocks=num_host_blocks_for(offload_memory, per_block, prefix_caching),
         )
         pool.has_attention_interface = uses_attention_interface(inner, spec.config)
         pool._model, pool._weights = weakref.ref(inner), WeightsVersion(inner)
@@ -175,6 +182,8 @@ class BlockPool(SavesPrefixes):
             prefix_queries=manager.counters.prefix_queries,
             prefix_hits=manager.counters.prefix_hits,
             nbytes=self.nbytes,
+            **vars(manager.host.counters),
+            num_offloaded=len(manager.host),
         )
 
     def check(self) -> None:
@@ -280,6 +289,8 @@ class BlockPool(SavesPrefixes):
                     "BlockPool.for_model."
                 )
             self.storage.relayout(layout.with_spec(layer, spec))
+            with self.manager.lock:
+                self.manager.host.clear()
             logger.info("layer %d has %s, not %s: %s", layer, spec, known, self.describe())
         self._confirmed.add(layer)
 

@@ -12,6 +12,10 @@ class PoolStats:
         allocated, freed, evictions, cow_copies: Blocks over the pool's lifetime.
         prefix_queries, prefix_hits: Prompt tokens looked up, and those found, over the pool's lifetime.
         nbytes: Bytes of K and V that the pool holds, scales included.
+        offloaded, restored: Blocks that were copied to host memory when they were evicted, and back, over the pool's
+            lifetime.
+        not_offloaded: Evicted ones that were not copied, because computing them again is cheaper.
+        num_offloaded: Blocks that host memory holds.
     """
 
     num_blocks: int
@@ -25,3 +29,7 @@ class PoolStats:
     prefix_queries: int
     prefix_hits: int
     nbytes: int
+    offloaded: int
+    restored: int
+    not_offloaded: int
+    num_offloaded: int

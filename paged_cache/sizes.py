@@ -74,33 +74,45 @@ def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: Mapping[Any, int]
     return _fitting(memory, sum(block_nbytes.values()), next(iter(block_nbytes)))
 
 
-def _fitting(memory: Any, block_nbytes: int, device: torch.device) -> int:
+def num_host_blocks_for(offload_memory: Any, block_nbytes: Mapping[Any, int], prefix_caching: bool) -> int:
+    """How many blocks in host memory hold what the pool evicts: 0 for `offload_memory=None`; see `num_blocks_for`."""
+    if offload_memory is None:
+        return 0
+    if not prefix_caching:
+        raise InvalidRequestError(
+            f"offload_memory is {offload_memory!r} and prefix_caching is False: blocks that cannot be found again cannot come "
+            "back from host memory. Leave one of the two out."
+        )
+    return _fitting(offload_memory, sum(block_nbytes.values()), torch.device("cpu"), "offload_memory")
+
+
+def _fitting(memory: Any, block_nbytes: int, device: torch.device, name: str = "memory") -> int:
     """How many blocks of so many bytes fit."""
-    nbytes = parse_memory(memory, device)
+    nbytes = parse_memory(memory, device, name)
     if nbytes < block_nbytes:
         raise InvalidRequestError(
-            f"memory={memory!r} is {nbytes} bytes{f' of {device}' if isinstance(memory, float) else ''}; one block alone "
+            f"{name}={memory!r} is {nbytes} bytes{f' of {device}' if isinstance(memory, float) else ''}; one block alone "
             f"takes {block_nbytes} bytes."
         )
     return nbytes // block_nbytes if block_nbytes else 1  # models of states only keep nothing in blocks
 
 
-def parse_memory(memory: Any, device: torch.device) -> int:
+def parse_memory(memory: Any, device: torch.device, name: str = "memory") -> int:
     """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
         unit = {**_UNITS, **_BINARY_UNITS}.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise InvalidRequestError(
-                f"memory is {memory!r}; write it like '2GiB', '500MB' or '1000000', or give a share in (0, 1] as a float."
+                f"{name} is {memory!r}; write it like '2GiB', '500MB' or '1000000', or give a share in (0, 1] as a float."
             )
         return int(float(match[1]) * unit)
     if isinstance(memory, float):
         if not 0 < memory <= 1:
-            raise InvalidRequestError(f"memory is {memory!r}; a float is a share of the free memory, in (0, 1].")
+            raise InvalidRequestError(f"{name} is {memory!r}; a float is a share of the free memory, in (0, 1].")
         return int(free_memory(device) * memory)
     if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
-        raise InvalidRequestError(f"memory is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
+        raise InvalidRequestError(f"{name} is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
     return memory
 
 

@@ -79,6 +79,7 @@ NOT_BOOKKEEPING = [
     "paged_cache.memory.pool",
     "paged_cache.memory.storage",
     "paged_cache.memory.huge_pages",
+    "paged_cache.memory.host_storage",
 ]
 HEAVY = ["numba", "numpy", "peft", "torch", "transformers", "triton"]
 

@@ -164,11 +164,12 @@ def copy_blocks(sources: list[torch.Tensor], destinations: list[torch.Tensor], p
 
     Args:
         sources: Tensors `[num_blocks, ...]`: slabs of keys, values, scales.
-        destinations: As many, of the same dtypes and shapes per block; may be the same tensors.
+        destinations: As many, of the same dtypes and shapes per block; may be the same tensors, or on another device.
         pairs: int64 `[num_pairs, 2]`, source and destination block. No block is both; destinations are all different.
     """
     for source, destination in zip(sources, destinations, strict=True):
-        as_bytes(destination).index_copy_(0, pairs[:, 1], as_bytes(source).index_select(0, pairs[:, 0]))
+        blocks = as_bytes(source).index_select(0, pairs[:, 0].to(source.device)).to(destination.device)
+        as_bytes(destination).index_copy_(0, pairs[:, 1].to(destination.device), blocks)
 
 
 def _gather(cache: torch.Tensor, scales: torch.Tensor | None, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

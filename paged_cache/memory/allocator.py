@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError
 from .free_blocks import FreeBlocks
@@ -35,15 +36,19 @@ class BlockAllocator:
 
     Args:
         num_blocks: Size of the pool.
-        on_evict: Called with a block id when a cached block is taken away from the prefix index.
+        on_evict: Called with cached blocks, least recently used first, that are to leave the prefix index.
+
+    Attributes:
+        evict_ahead: Blocks that are evicted at least when one has to be, since they are cheaper together.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[int], None] | None = None) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[list[int]], None] | None = None) -> None:
         if num_blocks < 1:
             raise InvalidRequestError(f"num_blocks is {num_blocks}; a pool needs at least 1 block.")
         self.num_blocks = num_blocks
         self.counters = AllocatorCounters()
-        self._on_evict = on_evict or (lambda block: None)
+        self.evict_ahead = 0
+        self._on_evict = on_evict or (lambda blocks: None)
         self._free = FreeBlocks(range(num_blocks))
         self._ref_counts = [0] * num_blocks
         self._indexed: set[int] = set()
@@ -87,13 +92,18 @@ class BlockAllocator:
         """
         if num_blocks > self.num_free:
             raise OutOfBlocksError(num_blocks, self.num_free)
-        while len(self._free) < num_blocks:
-            self.evict_one()
+        self.make_room(num_blocks)
         blocks = self._free.take(num_blocks, after)
         for block in blocks:
             self._ref_counts[block] = 1
         self.counters.allocated += num_blocks
         return blocks
+
+    def make_room(self, num_blocks: int) -> None:
+        """Evicts cached blocks, together, until `num_blocks` are free; the caller knows that so many can be."""
+        lacking = num_blocks - len(self._free)
+        if lacking > 0:
+            self._evict(max(lacking, self.evict_ahead))
 
     def acquire(self, blocks: Iterable[int]) -> None:
         """Adds one reference to each of `blocks`, which are referenced or cached."""
@@ -133,14 +143,6 @@ class BlockAllocator:
             del self._cached[block]
             self._add_free([block])
 
-    def evict_one(self) -> None:
-        """Frees the least recently used cached block."""
-        block = next(iter(self._cached))
-        self.counters.evictions += 1
-        self._on_evict(block)
-        if block in self._cached:
-            raise PagedCacheError(f"on_evict kept block {block} in the prefix index")
-
     def recount(self, tables: Iterable[Sequence[int]]) -> list[int]:
         """Starts again with the references of `tables` and no cached block; returns the blocks that became free."""
         was_free = set(self._free)
@@ -166,6 +168,15 @@ class BlockAllocator:
             raise PagedCacheError("a cached block is not in the prefix index")
         if self._indexed & set(self._free):
             raise PagedCacheError("a free block is still in the prefix index")
+
+    def _evict(self, num_blocks: int) -> None:
+        """Frees the least recently used cached blocks."""
+        blocks = list(islice(self._cached, num_blocks))
+        self.counters.evictions += len(blocks)
+        self._on_evict(blocks)
+        for block in blocks:
+            if block in self._cached:
+                raise PagedCacheError(f"on_evict kept block {block} in the prefix index")
 
     def _add_free(self, blocks: list[int]) -> None:
         for block in blocks:

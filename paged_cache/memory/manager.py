@@ -9,11 +9,18 @@ from .allocator import BlockAllocator, ManagerCounters
 from .appending import append_in_place, has_room
 from .exclusive import exclusive
 from .growth import Growth, GrowthPlanner
-from .prefix import PrefixIndex, PrefixNode
+from .offload import HostTier
+from .offload_costs import OffloadCosts
+from .prefix import PrefixIndex
+from .registering import register
 from .registry import Registry
 from .sequence import HOLE, Sequence
+from .starting import Start, Starter
 from .taking import BlockTaker, End, Writes
 from .windows import Windows
+
+EVICTED_TOGETHER = 32
+"""Blocks that go to host memory in one copy, where the pool is large enough: a copy of one takes nearly as long."""
 
 
 class BlockManager:
@@ -24,15 +31,22 @@ class BlockManager:
         block_size: Tokens per block.
         windows: Per layer group how many tokens, the newest included, attention can see; None for all.
         prefix_caching: Whether blocks stay findable by their tokens.
+        num_host_blocks: Blocks in host memory for the content of those that the pool evicts.
 
     Attributes:
+        host: The tier of blocks in host memory.
         lock: Held by every method; hold it around calls that belong together, such as `match` and `take_prefix`.
         on_copy: Called with (source, destination) blocks to copy, before any table has a destination.
         on_free: Called with blocks that became free: tests poison them.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, windows: Iterable[int | None], prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        windows: Iterable[int | None],
+        prefix_caching: bool = True,
+        num_host_blocks: int = 0,
     ) -> None:
         self.block_size = block_size
         self.windows = tuple(windows)
@@ -41,9 +55,12 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.counters = ManagerCounters()
         self.index = PrefixIndex(len(self.windows))
-        self.allocator = BlockAllocator(num_blocks, self._forget)
+        self.host = HostTier(num_host_blocks, self.index, OffloadCosts(block_size / max(len(self.windows), 1)))
+        self.allocator = BlockAllocator(num_blocks, self._evict)
+        self.allocator.evict_ahead = min(EVICTED_TOGETHER, num_blocks // 64) if num_host_blocks else 0
         self._planner = GrowthPlanner(self.allocator, block_size)
         self._taker = BlockTaker(self.allocator, block_size, self._forget)
+        self._starter = Starter(self.allocator, self.index, self.host, self._visibility, block_size)
         self._registry = Registry()
         self._abandoned: deque[Sequence] = deque()
         self.lock = threading.RLock()
@@ -71,29 +88,28 @@ class BlockManager:
         return self._adopt(Sequence(len(self.windows), root))
 
     @exclusive
-    def match(self, sequence: Sequence, tokens: list[int], limit: int) -> int:
-        """How many of the first `limit` tokens an empty sequence can take from the pool."""
-        if sequence.node is None:
-            return 0
-        nodes = self.index.match(sequence.node, tokens[: self._num_blocks(limit) * self.block_size], self.block_size)
-        return self._visibility.usable(nodes, limit)
+    def match(self, sequence: Sequence, tokens: list[int], limit: int, from_host: bool = True) -> int:
+        """How many of the first `limit` tokens an empty sequence can take; `from_host`: also from host memory, if that pays."""
+        return self._starter.match(sequence, tokens, limit, from_host)
+
+    @exclusive
+    def num_needed(self, starts: list[Start]) -> int:
+        """Free blocks that `take_prefixes` would take: cached ones, and one for each that is in host memory only."""
+        return self._starter.needs(starts).num_free
 
     @exclusive
     def take_prefix(self, sequence: Sequence, tokens: list[int], num_tokens: int) -> None:
         """Gives an empty sequence the blocks of its first `num_tokens` tokens, as found by `match`."""
-        if sequence.node is None or not num_tokens:
-            return
-        size = self.block_size
-        nodes = self.index.match(sequence.node, tokens[: self._num_blocks(num_tokens) * size], size)
-        firsts = self._visibility.first_visible(num_tokens)
-        for group, (table, first) in enumerate(zip(sequence.tables, firsts, strict=True)):
-            table.extend(HOLE if i < first else _block(node, group) for i, node in enumerate(nodes))
-            self.allocator.acquire(block for block in table if block != HOLE)
-        num_full = num_tokens // size
-        sequence.node = nodes[num_full - 1] if num_full else sequence.node
-        sequence.tail = list(tokens[num_full * size : num_tokens])
-        sequence.touch()
-        sequence.num_tokens = num_tokens
+        self._starter.take([Start(sequence, tokens, num_tokens)])
+
+    @exclusive
+    def take_prefixes(self, starts: list[Start]) -> None:
+        """`take_prefix` of many; blocks in host memory are brought back together.
+
+        Raises:
+            OutOfBlocksError: There is no room for these (see `num_needed`); nothing was changed.
+        """
+        self._starter.take(starts)
 
     @exclusive
     def extend(self, growths: list[Growth]) -> Writes:
@@ -118,6 +134,8 @@ class BlockManager:
             for growth, length in zip(growths, lengths, strict=True):
                 growth.sequence.num_tokens = length
             raise
+        if self.host.num_blocks:
+            self.host.begin_step(growths)
         return writes
 
     @exclusive
@@ -155,14 +173,8 @@ class BlockManager:
     @exclusive
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Cuts a sequence to its first `num_tokens` tokens; also takes an open step back."""
-        sequence.num_tokens = num_tokens
-        if sequence.node is not None:
-            tail, node = sequence.tail, sequence.node
-            while node.depth * self.block_size > num_tokens:
-                assert node.parent is not None
-                tail, node = list(node.tokens), node.parent
-            sequence.tail, sequence.node = tail[: num_tokens - node.depth * self.block_size], node
-        sequence.fresh = []
+        sequence.cut_tokens(num_tokens, self.block_size)
+        self.host.cancel_step()
         self._release(sequence.cut(self._num_blocks(num_tokens)))
 
     @exclusive
@@ -204,6 +216,7 @@ class BlockManager:
         self._drain()
         for block in self.index.blocks():
             self._forget(block)
+        self.host.clear()
         for sequence in self._registry.live():
             sequence.forget_tokens()
 
@@ -213,6 +226,7 @@ class BlockManager:
         self._drain()
         live = self._registry.live()
         self.allocator.check([sequence.blocks() for sequence in live])
+        self.host.check()
         self.index.check({b for b in range(self.allocator.num_blocks) if self.allocator.is_indexed(b)})
         for sequence in live:
             sequence.check(self.block_size, self._visibility.first_visible(sequence.num_tokens))
@@ -223,6 +237,8 @@ class BlockManager:
             sequence.fresh = []
             while len(sequence.tail) >= self.block_size:
                 self._register(sequence)
+        if self.host.num_blocks:
+            self.host.end_step(sequence)
         if self._has_windows and not keep_past:
             self._release(sequence.drop_past(self._visibility.first_visible(sequence.num_tokens)))
 
@@ -242,8 +258,15 @@ class BlockManager:
         for sequence in live:
             sequence.forget_tokens()
             sequence.cut(self._num_blocks(sequence.num_tokens))
-        self.index = PrefixIndex(len(self.windows))
+        self.index.clear()
+        self.host.reset()
         self.on_free(self.allocator.recount([sequence.blocks() for sequence in live]))
+
+    def _evict(self, blocks: list[int]) -> None:
+        if self.host.num_blocks:
+            self.host.save(blocks)
+        for block in blocks:
+            self._forget(block)
 
     def _forget(self, block: int) -> None:
         was_referenced = self.allocator.ref_count(block) > 0
@@ -272,26 +295,4 @@ class BlockManager:
         sequence.num_tokens += growth.num_tokens  # last: tables of an interrupted step are cut to it
 
     def _register(self, sequence: Sequence) -> None:
-        assert sequence.node is not None
-        tokens = tuple(sequence.tail[: self.block_size])
-        index = sequence.node.depth
-        node = self.index.insert(sequence.node, tokens)
-        for group, table in enumerate(sequence.tables):
-            mine, known = table[index], node.blocks[group]
-            if mine in (HOLE, known):
-                continue
-            if known is not None:  # computed twice: one of them is enough
-                self.allocator.acquire([known])
-                table[index] = known
-                sequence.touch()
-                self._release([mine])
-            else:
-                self.index.put(node, group, mine)
-                self.allocator.mark_indexed(mine)
-        sequence.node, sequence.tail = node, sequence.tail[self.block_size :]
-
-
-def _block(node: PrefixNode, group: int) -> int:
-    block = node.blocks[group]
-    assert block is not None
-    return block
+        self._release(register(sequence, self.index, self.allocator, self.block_size))

@@ -1,11 +1,12 @@
 """Finds blocks by the tokens they hold. Plain Python."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 from ..errors import PagedCacheError
 
-Tokens = tuple[int, ...]
+Tokens: TypeAlias = tuple[int, ...]
 
 
 def exact_salt(salt: Hashable) -> Hashable:
@@ -21,18 +22,20 @@ class PrefixNode:
         tokens: The `block_size` token ids of this block, () for a root.
         depth: Number of blocks from the root.
         blocks: Per layer group the block that holds K and V of these tokens, or None.
+        host_blocks: Likewise the block in host memory; there may be both.
         children: Continuations by token ids. The lookup compares the ids themselves; a hash alone is never believed.
         attached: Whether the path from the root leads here; False after the node was pruned.
         key: What a root stands for, None below.
     """
 
-    __slots__ = ("__weakref__", "attached", "blocks", "children", "depth", "key", "parent", "tokens")
+    __slots__ = ("__weakref__", "attached", "blocks", "children", "depth", "host_blocks", "key", "parent", "tokens")
 
     def __init__(self, parent: "PrefixNode | None", tokens: Tokens, num_groups: int, key: Hashable = None) -> None:
         self.parent = parent
         self.tokens = tokens
         self.depth: int = parent.depth + 1 if parent else 0
         self.blocks: list[int | None] = [None] * num_groups
+        self.host_blocks: list[int | None] = [None] * num_groups
         self.children: dict[Tokens, PrefixNode] = {}
         self.key = key
         self.attached = True
@@ -43,7 +46,11 @@ class PrefixNode:
 
     def is_empty(self) -> bool:
         """Whether the node holds no block and leads to none."""
-        return not self.children and all(block is None for block in self.blocks)
+        return not self.children and all(block is None for block in (*self.blocks, *self.host_blocks))
+
+
+Place: TypeAlias = tuple[PrefixNode, int]
+"""A block's place in the index: its node and layer group."""
 
 
 class PrefixIndex:
@@ -53,7 +60,7 @@ class PrefixIndex:
         self.num_groups = num_groups
         # a root lives as long as a sequence or a block behind it: those of old weights and gone tenants vanish
         self._roots: WeakValueDictionary[Hashable, PrefixNode] = WeakValueDictionary()
-        self._places: dict[int, tuple[PrefixNode, int]] = {}
+        self._places: dict[int, Place] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -65,6 +72,23 @@ class PrefixIndex:
     def roots(self) -> list[PrefixNode]:
         """The starts of all prefixes there are."""
         return list(self._roots.values())
+
+    def nodes(self) -> Iterator[PrefixNode]:
+        """All nodes but the roots."""
+        todo = [child for root in list(self._roots.values()) for child in root.children.values()]
+        while todo:
+            node = todo.pop()
+            todo += node.children.values()
+            yield node
+
+    def place(self, block: int) -> Place:
+        """What `block` stands for."""
+        return self._places[block]
+
+    def clear(self) -> None:
+        """Knows nothing any more; whoever still has a node of before has to let go of it."""
+        self._roots = WeakValueDictionary()
+        self._places = {}
 
     def root(self, key: Hashable) -> PrefixNode:
         """The start of all prefixes under `key`; made on first use."""
@@ -92,7 +116,7 @@ class PrefixIndex:
         """Forgets `block`, and nodes that lead nowhere without it."""
         node, group = self._places.pop(block)
         node.blocks[group] = None
-        self._prune(node)
+        self.prune(node)
 
     def match(self, root: PrefixNode, tokens: Sequence[int], block_size: int) -> list[PrefixNode]:
         """The nodes of the longest known path that spells the start of `tokens`, whatever blocks they still have."""
@@ -112,10 +136,11 @@ class PrefixIndex:
         for block, (node, group) in self._places.items():
             if node.blocks[group] != block:
                 raise PagedCacheError(f"block {block} is not where the prefix index says")
-            if not self._is_reachable(node):
+            if not self.is_reachable(node):
                 raise PagedCacheError(f"block {block} cannot be found from its root")
 
-    def _is_reachable(self, node: PrefixNode) -> bool:
+    def is_reachable(self, node: PrefixNode) -> bool:
+        """Whether `match` can find `node`."""
         while node.parent is not None:
             if not node.attached or node.parent.children.get(node.tokens) is not node:
                 return False
@@ -137,7 +162,8 @@ class PrefixIndex:
             node = known
         return node
 
-    def _prune(self, node: PrefixNode) -> None:
+    def prune(self, node: PrefixNode) -> None:
+        """Takes `node` out if it is empty, and nodes before it that lead nowhere without it."""
         while node.parent is not None and node.attached and node.is_empty():
             del node.parent.children[node.tokens]
             node.attached = False

@@ -63,6 +63,17 @@ class Sequence:
         self.touch()
         return taken
 
+    def cut_tokens(self, num_tokens: int, block_size: int) -> None:
+        """Remembers the first `num_tokens` tokens only; the blocks stay."""
+        self.num_tokens = num_tokens
+        if self.node is not None:
+            tail, node = self.tail, self.node
+            while node.depth * block_size > num_tokens:
+                assert node.parent is not None
+                tail, node = list(node.tokens), node.parent
+            self.tail, self.node = tail[: num_tokens - node.depth * block_size], node
+        self.fresh = []
+
     def drop_past(self, first_visible: list[int]) -> list[int]:
         """Takes the blocks before each group's first visible one out of the tables and returns them."""
         passed = []

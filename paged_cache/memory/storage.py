@@ -52,7 +52,9 @@ class Lane:
 
 
 class KVStorage:
-    """K and V of all layers. The only class that writes them; it knows nothing of who owns a block.
+    """K and V of all layers. The only class that writes them, but for `HostStorage`, which brings blocks back.
+
+    It knows nothing of who owns a block.
 
     Args:
         layout: Which layer lies where.
@@ -63,6 +65,7 @@ class KVStorage:
         kv_dtype: In which they are stored, `dtype` by default; int8 or float8_e4m3fn have scales.
 
     Attributes:
+        slabs: Per device its tensors `[num_blocks, ...]`: K, V and scales of all its slabs.
         layers: Per layer its view.
         lanes: Each group on each of its devices.
         lane_of: Per layer the number of its lane.
@@ -122,7 +125,7 @@ class KVStorage:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, `(source, destination)` each, all layers at once."""
         if pairs:
-            for device, slabs in self._by_device.items():
+            for device, slabs in self.slabs.items():
                 copy_blocks(slabs, slabs, torch.tensor(pairs, device=device))
 
     def fill_blocks(self, blocks: list[int], value: float) -> None:
@@ -156,9 +159,9 @@ class KVStorage:
             for device in devices
         ]
         self.layout, self._slabs = layout, [slab for four in slabs for slab in four if slab is not None]
-        self._by_device: dict[torch.device, list[torch.Tensor]] = {}
+        self.slabs: dict[torch.device, list[torch.Tensor]] = {}
         for slab in self._slabs:
-            self._by_device.setdefault(slab.device, []).append(slab)
+            self.slabs.setdefault(slab.device, []).append(slab)
         self.layers = {
             layer: self._layer(layout.specs[layer], place.part, *slabs[place.slab])
             for layer, place in layout.places.items()

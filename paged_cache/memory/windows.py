@@ -34,12 +34,23 @@ class Windows:
             for window in self._windows
         ]
 
-    def usable(self, nodes: list[PrefixNode], limit: int) -> int:
-        """The longest start of `nodes`, up to `limit` tokens, of which every group has what the next token sees."""
+    def usable(self, nodes: list[PrefixNode], limit: int, from_host: bool = False) -> int:
+        """The longest start of `nodes`, up to `limit` tokens, of which every group has what the next token sees.
+
+        Args:
+            nodes: A path in the index.
+            limit: Most tokens.
+            from_host: Blocks in host memory count.
+        """
         usable, missing = 0, [-1] * len(self)
         for i, node in enumerate(nodes):
-            missing = [i if block is None else last for block, last in zip(node.blocks, missing, strict=True)]
+            blocks = map(_either, node.blocks, node.host_blocks) if from_host else node.blocks
+            missing = [i if block is None else last for block, last in zip(blocks, missing, strict=True)]
             num_tokens = min((i + 1) * self._block_size, limit)
             if all(last < first for last, first in zip(missing, self.first_visible(num_tokens), strict=True)):
                 usable = num_tokens
         return usable
+
+
+def _either(block: int | None, other: int | None) -> int | None:
+    return other if block is None else block

@@ -8,7 +8,7 @@ from paged_cache.memory.allocator import BlockAllocator
 
 def cached(num_blocks: int) -> BlockAllocator:
     """An allocator whose blocks 0, 1, … were released in this order and are all in the prefix index."""
-    allocator = BlockAllocator(num_blocks, lambda block: allocator.unmark_indexed(block))
+    allocator = BlockAllocator(num_blocks, lambda blocks: [allocator.unmark_indexed(block) for block in blocks])
     for block in allocator.allocate(num_blocks):
         allocator.mark_indexed(block)
         allocator.release([block])
@@ -100,7 +100,7 @@ def test_blocks_are_evicted_least_recently_used_first() -> None:
     allocator.acquire([1])
     allocator.release([1])
     evicted = []
-    allocator._on_evict = lambda block: (evicted.append(block), allocator.unmark_indexed(block))
+    allocator._on_evict = lambda blocks: [(evicted.append(block), allocator.unmark_indexed(block)) for block in blocks]
 
     allocator.allocate(4)
 
@@ -111,12 +111,28 @@ def test_blocks_are_evicted_least_recently_used_first() -> None:
 def test_no_more_is_evicted_than_needed() -> None:
     """Free blocks go first; cached ones stay as long as they can."""
     allocator = cached(4)
-    allocator.evict_one()
+    allocator.make_room(1)
 
     allocator.allocate(2)
 
     assert allocator.num_cached == 2
     assert allocator.counters.evictions == 2
+
+
+def test_what_is_evicted_together() -> None:
+    """An index hears of all blocks that make room for one call at once, and of more than needed where that is cheaper."""
+    allocator, calls = cached(6), []
+    forget = allocator._on_evict
+    allocator._on_evict = lambda blocks: (calls.append(blocks), forget(blocks))
+
+    allocator.allocate(2)
+    allocator.evict_ahead = 3
+    allocator.allocate(1)
+    allocator.allocate(2)
+    allocator.allocate(1)
+
+    assert calls == [[0, 1], [2, 3, 4], [5]]
+    assert allocator.num_free == 0
 
 
 def test_too_many_releases_are_noticed() -> None:
@@ -130,7 +146,7 @@ def test_too_many_releases_are_noticed() -> None:
 def test_an_index_that_keeps_an_evicted_block_is_noticed() -> None:
     """Eviction must not run forever when the index does not let go."""
     allocator = cached(1)
-    allocator._on_evict = lambda block: None
+    allocator._on_evict = lambda blocks: None
 
     with pytest.raises(PagedCacheError, match="kept block 0"):
         allocator.allocate(1)

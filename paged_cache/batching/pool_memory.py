@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 from ..memory.prefix import PrefixNode, exact_salt
+from ..memory.starting import Start
 from ..memory.windows import Windows
 from ..pool import BlockPool
 from .plan import Prefix
@@ -77,20 +78,17 @@ class PoolMemory:
         key = self._root_key(request)
         if key is None:
             return Prefix(0, False, 0)
-        tokens, manager = request.rows[0].tokens, self._manager
+        manager = self._manager
         with manager.lock:
             sequence = manager.new_sequence(key)
             if sequence.node is None:
                 return Prefix(0, False, 0)
-            num_cached = manager.match(sequence, tokens, len(tokens) - 1)
-            nodes = manager.index.match(sequence.node, tokens, self.block_size)
-            held = [block for node in nodes[: -(-num_cached // self.block_size)] for block in node.held()]
-            num_idle = sum(manager.allocator.ref_count(block) == 0 for block in held)
-            is_coming = (
-                bool(self._coming) and self._next_block(nodes[-1] if nodes else sequence.node, tokens) in self._coming
-            )
+            rows = [row.tokens for row in request.rows]
+            starts = [Start(sequence, tokens, manager.match(sequence, tokens, len(tokens) - 1)) for tokens in rows]
+            num_idle = manager.num_needed(starts)  # what comes from host memory needs free blocks as cached blocks do
+            is_coming = bool(self._coming) and self._is_coming(starts[0])
             manager.release(sequence)
-        return Prefix(num_cached, is_coming, num_idle)
+        return Prefix(starts[0].num_tokens, is_coming, num_idle)
 
     def admit(self, request: Request) -> None:
         """Makes the sequences of the request's rows, with what the pool holds of their tokens."""
@@ -157,6 +155,13 @@ class PoolMemory:
         if salt not in self._keys:
             self._keys[salt] = self.pool.root_key(salt, 0)
         return self._keys[salt]
+
+    def _is_coming(self, start: Start) -> bool:
+        """Whether this step computes the block behind what is known."""
+        node, size = start.sequence.node, self.block_size
+        assert node is not None
+        known = start.tokens[: -(-start.num_tokens // size) * size]
+        return self._next_block([node, *self._manager.index.match(node, known, size)][-1], start.tokens) in self._coming
 
     def _next_block(self, node: PrefixNode, tokens: list[int]) -> tuple[int, tuple[int, ...]]:
         """What names the full block of these tokens behind a node."""

@@ -11,7 +11,7 @@ from itertools import repeat
 from types import TracebackType
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.pipelines.pt_utils import PipelineIterator
 
@@ -85,11 +85,14 @@ class PagedIterator(PipelineIterator):
         self._pending: deque[Pending] = deque()
         self._unfinished: list[Pending] = []
         self._bar: Any = None
+        self._is_closed = False
         weakref.finalize(self, _cancel, self._pending).atexit = False
 
     def __iter__(self) -> "PagedIterator":
-        """From the first input on, or where an iterator stands."""
-        self.close()
+        """A dataset begins anew; a generator or an iterator goes on."""
+        if self._is_closed or (self._readers is not None and _is_read_once(self.loader)):
+            return self
+        self._give_up()
         self._readers = enumerate(_readers(self.loader))
         self._bar = tqdm(total=_length(self.loader), unit="prompt", disable=None if self._shows_bar else True)
         return self
@@ -101,13 +104,17 @@ class PagedIterator(PipelineIterator):
             output = self._take()
         except BaseException as error:
             if self._is_eager or not isinstance(error, Exception) or isinstance(error, StopIteration):
-                self.close()
+                self._give_up()
             raise
         self._bar.update()
         return output
 
     def close(self) -> None:
-        """Gives up what was not taken: its requests end and their blocks are free."""
+        """Ends it: the requests of what was not taken end, too, and their blocks are free."""
+        self._is_closed = True
+        self._give_up()
+
+    def _give_up(self) -> None:
         _cancel(self._pending)
         self._unfinished.clear()
         self._readers = iter(())
@@ -150,8 +157,8 @@ class PagedIterator(PipelineIterator):
                 return
             self._pending.append(pending)
             self._unfinished.append(pending)
-            if pending.error is not None and self._is_eager and not self._returns_errors:
-                raise pending.error
+            if pending.done and self._is_eager and not self._returns_errors:
+                self._finish(pending)  # it was never begun and raises
 
     def _read_one(self) -> Pending | None:
         index, reader = next(self._readers or iter(()), (0, None))
@@ -171,6 +178,10 @@ def _cancel(pending: deque[Pending]) -> None:
         handle = pending.pop().handle
         if handle is not None:
             handle.cancel()
+
+
+def _is_read_once(inputs: Any) -> bool:
+    return isinstance(inputs, Iterator) and not isinstance(inputs, Dataset)
 
 
 def _length(inputs: Any) -> int | None:

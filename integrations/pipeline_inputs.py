@@ -1,6 +1,6 @@
 """What a paged pipeline is called with: inputs of any make, and options that inputs have of their own."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from types import GeneratorType
 from typing import Any
 
@@ -36,8 +36,8 @@ def as_inputs(inputs: Any) -> Any:
 
 def as_chat(item: Any) -> Any:
     """A list of messages as the pipeline's `Chat`; the rest as it is."""
-    is_chat = isinstance(item, (list, tuple)) and item and is_valid_message(item[0])  # type: ignore[no-untyped-call]
-    return Chat(item) if is_chat else item  # type: ignore[no-untyped-call]
+    is_chat = isinstance(item, (list, tuple)) and item and is_valid_message(item[0])
+    return Chat(item) if is_chat else item
 
 
 def require_readable(item: Any, tokenizer: Any, chat_template: Any, reads_text_only: bool) -> None:
@@ -85,7 +85,7 @@ def require_one_each(options: Mapping[str, Any], number: int | None) -> None:
         InvalidRequestError: A list is not as long as the inputs, or one streamer is for several.
     """
     for name, value in options.items():
-        if number is not None and isinstance(value, Sequence) and len(value) != number:
+        if number is not None and isinstance(value, list) and len(value) != number:
             raise InvalidRequestError(f"{name} has {len(value)} entries for {number} inputs: one each, or one for all.")
     if number != 1 and hasattr(options.get("streamer"), "put"):
         raise InvalidRequestError(

@@ -39,8 +39,8 @@ def check_pool(path: Path, file: PrefixFile, storage: KVStorage, confirmed: Cont
         _require_same(path, f"tensors of layer {layer}", content, _expected(storage, other, count))
 
 
-def check_model(path: Path, file: PrefixFile, model: Any) -> None:
-    """Raises `InvalidRequestError` unless this model computes what the file holds. Reads all of its weights."""
+def check_kind(path: Path, file: PrefixFile, model: Any) -> None:
+    """Raises `InvalidRequestError` unless the file is of a model of this kind and of this version of transformers."""
     found = file.description
     _require_same(path, "transformers", found.transformers, transformers.__version__)
     _require_same(path, "a model of class", found.model_class, type(model).__name__)
@@ -53,7 +53,11 @@ def check_model(path: Path, file: PrefixFile, model: Any) -> None:
         raise InvalidRequestError(
             f"{path} has token ids from {min(tokens)} to {max(tokens)}, the model knows 0 to {vocabulary - 1}."
         )
-    _require_same(path, "weights whose fingerprint is", found.weights, weights_digest(model))
+
+
+def check_weights(path: Path, file: PrefixFile, model: Any) -> None:
+    """Raises `InvalidRequestError` unless the model has the weights that computed what the file holds. Reads all of them."""
+    _require_same(path, "weights whose fingerprint is", file.description.weights, weights_digest(model))
 
 
 def keys_of_roots(

@@ -18,7 +18,7 @@ from .memory.layout import LayerSpec
 from .memory.manager import BlockManager
 from .memory.prefix import PrefixNode
 from .memory.storage import KVStorage
-from .prefix_checks import States, check_model, check_pool, dtype_name, keys_of_roots
+from .prefix_checks import States, check_kind, check_pool, check_weights, dtype_name, keys_of_roots
 from .prefix_file import Description, PrefixFile, Root, can_name, check_target, read, write
 from .weights import WeightsVersion
 
@@ -78,9 +78,10 @@ class SavesPrefixes:
         path = Path(path)
         states = self._states(adapter_name)
         file = read(path)
+        check_kind(path, file, self._inner)
         check_pool(path, file, self.storage, self._confirmed)
         keys = keys_of_roots(path, file, self._inner, states, adapter_name)
-        check_model(path, file, self._inner)
+        check_weights(path, file, self._inner)
         with self.manager.lock:
             self._require_unchanged(adapter_name, states)
             for layer, spec in file.description.layers.items():

@@ -56,15 +56,24 @@ class Slots:
 
 
 class FakeStorage:
-    """`slots[block][offset]` is (group, content) of the token there, or `POISON` while nobody owns the block."""
+    """`slots[block][offset]` is (group, content) of the token there, or `POISON` while nobody owns the block.
+
+    `host_slots` is the same for blocks in host memory.
+    """
 
     def __init__(self, manager: BlockManager) -> None:
         self.manager = manager
         self.slots: list[list[Hashable]] = []
         for _ in range(manager.allocator.num_blocks):
             self.slots.append([POISON] * manager.block_size)
+        self.host_slots: list[list[Hashable]] = []
+        for _ in range(manager.host.num_blocks):
+            self.host_slots.append([POISON] * manager.block_size)
         manager.on_free = self.poison
         manager.on_copy = self.copy
+        manager.host.on_free = self.poison_host
+        manager.host.on_save = self.save
+        manager.host.on_load = self.load
 
     def poison(self, blocks: list[int]) -> None:
         """Overwrites blocks that went back to the pool."""
@@ -77,6 +86,28 @@ class FakeStorage:
         sources = [list(self.slots[source]) for source, _ in pairs]
         for (_, destination), content in zip(pairs, sources, strict=True):
             self.slots[destination] = content
+
+    def poison_host(self, host_blocks: list[int]) -> None:
+        """Overwrites host blocks that became free."""
+        for host_block in host_blocks:
+            self.host_slots[host_block] = [POISON] * self.manager.block_size
+
+    def save(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies blocks to host memory, into host blocks that hold nothing."""
+        assert pairs
+        assert len({host_block for _, host_block in pairs}) == len(pairs)
+        for block, host_block in pairs:
+            assert POISON not in self.slots[block], "a block left the pool before it was saved"
+            assert set(self.host_slots[host_block]) == {POISON}
+            self.host_slots[host_block] = list(self.slots[block])
+
+    def load(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies blocks back, into blocks that hold nothing."""
+        assert len({block for _, block in pairs}) == len(pairs)
+        for host_block, block in pairs:
+            assert POISON not in self.host_slots[host_block], "a host block was given up before it was loaded"
+            assert set(self.slots[block]) == {POISON}
+            self.slots[block] = list(self.host_slots[host_block])
 
     def extend(self, rows: list[Row], tokens: list[list[int]], known: list[bool] | None = None) -> Slots:
         """Makes room, as a forward does before its first layer."""

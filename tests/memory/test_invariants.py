@@ -57,7 +57,10 @@ class Pool(RuleBasedStateMachine):
         prefix_caching=st.sampled_from((True, True, True, True, False)),
     )
     def start_pool(self, num_blocks: int, block_size: int, windows: tuple, prefix_caching: bool) -> None:
-        self.manager = BlockManager(num_blocks * len(windows), block_size, windows, prefix_caching)
+        self._start(BlockManager(num_blocks * len(windows), block_size, windows, prefix_caching))
+
+    def _start(self, manager: BlockManager) -> None:
+        self.manager = manager
         self.storage = FakeStorage(self.manager)
         self.private = itertools.count()
         self.rows = [self._new("a"), self._new("a")]

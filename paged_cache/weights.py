@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .adapters import tuners as peft_layers
-from .compat import offloaded_weights
+from .compat import offloaded_weights, peft_layer_classes
 
 _SAMPLES = 64
 """Elements looked at per base weight beside adapters: merging and unmerging changes almost all of them."""
@@ -30,15 +30,16 @@ class WeightsVersion:
     `invalidate`.
 
     Attributes:
-        tuners: peft's layers in the model; another list as soon as any module came or went.
+        tuners: peft's layers in the model when `light_key` was asked last; another list if any module or adapter came or went.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
-        self._samples: tuple[int, ...] = ()
-        self._tree: tuple[int, ...] = ()
+        self._sampled: tuple[int, tuple[int, ...]] = (-1, ())
+        self._tree: Hashable = None
         self._generation = 0
+        self._keyed: list[Any] = []
         self.tuners: list[Any] = []
 
     def invalidate(self) -> None:
@@ -56,9 +57,10 @@ class WeightsVersion:
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(tensor.is_inference() for tensor in tensors) or peft_layers.is_mixing(tuners):
             return None  # there is no version counter, or rows of one batch differ in their weights
-        self._count(parts, _samples(tensors) if tuners else ())
         # counters only grow and the tensors are the same ones, so that the sum tells any change in place
-        return Weights((self._generation, sum(tensor._version for tensor in tensors)), tuners)
+        version = sum(tensor._version for tensor in tensors)
+        self._count(parts, tensors, version)
+        return Weights((self._generation, version), tuners)
 
     def key(self, adapter_name: str | None = None) -> Hashable | None:
         """Equal keys mean equal weights for rows with this adapter; None if nothing may be shared. See `effective`."""
@@ -70,21 +72,26 @@ class WeightsVersion:
         model = self._model()
         if model is None:
             return None
-        tree = _tree(model)
+        tree = _tree(model), tuple(map(tuple, self._keyed))
         if tree != self._tree:
-            self._tree, self.tuners = tree, list(peft_layers.split(model)[1])
+            tuners = list(peft_layers.split(model)[1])
+            self._keyed = [keyed for tuner in tuners for keyed in peft_layers.parameters_by_name(tuner)]
+            self._tree, self.tuners = (tree[0], tuple(map(tuple, self._keyed))), tuners
         return model.training, self._tree, tuple(map(peft_layers.light_key, self.tuners))
 
-    def _count(self, parts: list[Any], samples: tuple[int, ...]) -> None:
-        """A new generation if the parts are other ones, or were written to unseen."""
+    def _count(self, parts: list[Any], tensors: list[torch.Tensor], version: int) -> None:
+        """A new generation if the parts are other ones, or if peft wrote to them past the counters, as merging does."""
         places = [(part, part.data_ptr() if isinstance(part, torch.Tensor) else 0) for part in parts]
         is_same = len(places) == len(self._seen) and all(
             ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, places, strict=True)
         )
-        if not is_same or samples != self._samples:
+        if is_same and not peft_layer_classes():
+            return
+        sampled = version, _samples(tensors)
+        if not is_same or (sampled[0] == self._sampled[0] and sampled[1] != self._sampled[1]):
             self._generation += 1
-            self._seen = [(weakref.ref(part), pointer) for part, pointer in places]
-            self._samples = samples
+        self._sampled = sampled
+        self._seen = [(weakref.ref(part), pointer) for part, pointer in places]
 
 
 class Weights:
@@ -104,14 +111,16 @@ class Weights:
         """By layer the adapters that count, their numbers, and sums over the bits of their tensors; () for the base model."""
         layers: list[Hashable] = []
         tensors: list[torch.Tensor] = []
+        is_known = adapter_name is None or adapter_name == peft_layers.BASE
         for tuner, place in self._tuners.items():
             names = peft_layers.effective(tuner, adapter_name)
+            is_known = is_known or bool(names)
             if names or tuner.merged_adapters:
                 parts = [part for name in names for part in peft_layers.content(tuner, name)]
                 tensors += [value for _, value in parts if isinstance(value, torch.Tensor)]
                 layers.append((place, names, tuple(tuner.merged_adapters), tuple(map(_describe, parts))))
-        if any(tensor.is_meta for tensor in tensors):  # offloaded: whether they change cannot be seen
-            return object()
+        if not is_known or any(tensor.is_meta for tensor in tensors):
+            return object()  # not in the model, or offloaded, so that changes cannot be seen: nothing is shared
         return (tuple(layers), _sums(tensors)) if layers else ()
 
 

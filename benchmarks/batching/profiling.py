@@ -125,12 +125,12 @@ def _watch(parts: Parts, batcher: Any, model: Any) -> None:
     parts.watch(engine.scheduler, "schedule", "scheduling")
     parts.watch(engine.memory, "begin_step", "keys of prefixes")
     parts.watch(engine, "_execute", "inputs of the model, tables, masks")
-    parts.watch(engine.forward, "_grow", "blocks and slots")
-    parts.watch(engine.forward._manager, "commit_all", "prefix index")
+    parts.watch(engine.forward.inner, "_grow", "blocks and slots")
+    parts.watch(engine.forward.inner._manager, "commit_all", "prefix index")
     parts.watch(processing, "choose", CHOOSING)
     parts.watch(engine.outputs, "process", "requests and handles")
     parts.watch(model, "forward", MODEL)
-    parts.watch(engine.forward._cache, "update", UPDATE)
+    parts.watch(engine.forward.inner._cache, "update", UPDATE)
     code = sys.modules[type(model).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
         parts.watch(code, "apply_rotary_pos_emb", ROTARY)

@@ -1,6 +1,6 @@
 """The layers that peft puts around those of a model, and which of their adapters count."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ def names_in(tuner: Any) -> set[str]:
     return {name for _, container in _containers(tuner, tuner.adapter_layer_names) for name in container.keys()}  # noqa: SIM118
 
 
+def parameters_by_name(tuner: Any) -> list[Any]:
+    """What a layer keeps by the names of adapters that are parameters, not modules: they come and go without a module."""
+    containers = (container for _, container in _containers(tuner, tuner.adapter_layer_names))
+    return [container for container in containers if not isinstance(container, torch.nn.ModuleDict)]
+
+
 def effective(tuner: Any, adapter_name: str | None) -> tuple[str, ...]:
     """The adapters of a layer that count for a row, in the order in which they are applied.
 
@@ -70,12 +76,12 @@ def content(tuner: Any, adapter_name: str) -> Iterator[tuple[str, Any]]:
     yield "variant", None if variant is None else type(variant).__qualname__
 
 
-def merged(tuners: list[Any]) -> tuple[str, ...]:
+def merged(tuners: Iterable[Any]) -> tuple[str, ...]:
     """The adapters that are merged into the base weights somewhere."""
     return tuple(sorted({name for tuner in tuners for name in tuner.merged_adapters}))
 
 
-def is_mixing(tuners: list[Any]) -> bool:
+def is_mixing(tuners: Iterable[Any]) -> bool:
     """Whether peft itself mixes adapters in the batch that runs now."""
     return any(tuner._forward_pre_hooks for tuner in tuners)
 

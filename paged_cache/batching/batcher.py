@@ -2,9 +2,8 @@
 
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +12,11 @@ import torch
 from ..errors import InvalidRequestError, PagedCacheError
 from ..patching import hold
 from ..pool import BlockPool
+from .adapter_forward import AdapterForward
+from .adapter_store import AdapterStore
 from .engine import Engine
 from .forwards import choose_forward
-from .handle import RequestHandle
+from .handle import RequestHandle, cancelling
 from .inputs import InputProcessor
 from .loop import EngineLoop
 from .options import OWN_OPTIONS, RequestOptions, per_prompt
@@ -26,7 +27,7 @@ from .progress import Progress
 from .prompts import as_prompts
 from .request import Request
 from .scheduler import Scheduler
-from .serving import require_limits, require_served, why_never
+from .serving import require_different, require_limits, require_served, why_never
 from .stats import BatcherStats
 
 DEFAULTS = {"cuda": (256, 8192)}
@@ -48,6 +49,8 @@ class ContinuousBatcher:
         max_num_batched_tokens: Tokens computed in one step, longer prompts are cut; by default 512 and 8192.
         max_queue_size: Requests that may wait; more are rejected. None for any number.
         tokenizer: For prompts of text or chat messages, `stop_strings`, and `RequestOutput.text`.
+        lora_modules: Folders of adapters by name, loaded when they are first asked for; see `register_adapter`.
+        max_loras: Different adapters that run at once, and most of `lora_modules` in memory; None for any number.
         clock: Seconds, for deadlines, aging and metrics.
 
     Raises:
@@ -65,18 +68,24 @@ class ContinuousBatcher:
         max_num_batched_tokens: int | None = None,
         max_queue_size: int | None = None,
         tokenizer: Any = None,
+        lora_modules: Mapping[str, str | Path] | None = None,
+        max_loras: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         inner = require_served(model, pool)
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-        require_limits(tokenizer, max_queue_size=max_queue_size, **limits)
+        require_limits(tokenizer, max_queue_size=max_queue_size, max_loras=max_loras, **limits)
+        self._adapters = AdapterStore(model, pool, max_loras)
+        self._adapters.register(lora_modules or {})
         default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
         self.pool, self.max_queue_size = pool, max_queue_size
         self._clock, self._tokenizer = clock, tokenizer
         self._unpatch = weakref.finalize(self, hold(inner))
         try:
-            forward = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
-            self._memory = PoolMemory(pool, shares_prefixes=forward.name == "packed")
+            chosen: Any = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
+            direct = type(chosen)(inner, pool) if hasattr(model, "_orig_mod") else chosen
+            forward = AdapterForward(chosen, direct, pool)
+            self._memory = PoolMemory(pool, forward.name == "packed", self._adapters)
             scheduler = Scheduler(
                 self._memory,
                 policy=policy,
@@ -84,12 +93,13 @@ class ContinuousBatcher:
                 max_num_batched_tokens=default_tokens if max_num_batched_tokens is None else max_num_batched_tokens,
                 clock=clock,
                 whole_prompts=forward.whole_prompts,
+                max_loras=max_loras,
             )
         except BaseException:
             self._unpatch()
             raise
-        self._inputs = InputProcessor(inner, tokenizer, clock)
-        self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer)
+        self._inputs = InputProcessor(inner, tokenizer, clock, self._adapters)
+        self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer, self._adapters)
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
 
@@ -109,7 +119,7 @@ class ContinuousBatcher:
             prompts: A list with token ids, tensors, strings or chat messages, mixed as you like; a tensor `[batch, length]`
                 with `attention_mask`; or what a tokenizer returns.
             generation_config: As for `model.generate`; a list has one for each prompt.
-            adapter_names: One adapter for each prompt. Not served yet: activate an adapter with `set_adapter`.
+            adapter_names: One adapter for each prompt, or one for all; see `submit`.
             attention_mask: `[batch, length]`, 0 for padding, if prompts are a tensor.
             progress_bar: Shows a bar on a terminal.
             **generate_kwargs: As for `model.generate`, and those of `submit`. A list has one for each prompt,
@@ -121,9 +131,11 @@ class ContinuousBatcher:
         Raises:
             InvalidRequestError, ValueError, TypeError: An option that is wrong or cannot be honoured; nothing was begun.
         """
-        options = {"generation_config": generation_config, "adapter_name": adapter_names, **generate_kwargs}
+        options = {"generation_config": generation_config, **generate_kwargs}
+        if adapter_names is not None:
+            options["adapter_names"] = adapter_names
         handles = self.submit_all(prompts, attention_mask=attention_mask, **options)
-        with Progress(len(handles), progress_bar, self.stats) as progress, _cancelling(handles):
+        with Progress(len(handles), progress_bar, self.stats) as progress, cancelling(handles):
             self._loop.wait(lambda: progress.count(handles) == len(handles))
         return [handle.result() for handle in handles]
 
@@ -142,9 +154,9 @@ class ContinuousBatcher:
         items = as_prompts(prompts, attention_mask, self._inputs.pad_token_id(options))
         rows = per_prompt(options, len(items))
         requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, rows, strict=True))]
-        _require_different(requests)
+        require_different(requests)
         handles: list[RequestHandle] = [request.handle for request in requests]
-        with _cancelling(handles):
+        with cancelling(handles):
             for request in requests:
                 while not (request.handle.done or self._enter(request)):
                     self._loop.wait(lambda: is_left() or self._loop.has_room())
@@ -179,7 +191,8 @@ class ContinuousBatcher:
             cache_salt: Prefixes are only shared among requests of the same salt.
             tenant: Lengths of answers are predicted per tenant.
             expected_tokens: Your own prediction of how many tokens it generates.
-            adapter_name: Not served yet: activate an adapter with `set_adapter`.
+            adapter_name: One of peft's adapters in the model, or of `lora_modules`; "__base__" for none of them. By default
+                those that are active in each step.
             **generate_kwargs: As for `model.generate`.
 
         Raises:
@@ -205,6 +218,23 @@ class ContinuousBatcher:
         """What is under way and what was done so far."""
         return BatcherStats.of(self._engine, len(self._loop.pending))
 
+    def register_adapter(self, name: str, path: str | Path) -> None:
+        """Requests may name the adapter in this folder from now on; it is loaded when the first of them runs.
+
+        Raises:
+            InvalidRequestError: The name is taken, or the folder holds no adapter.
+        """
+        self._adapters.register({name: path})
+
+    def drop_adapter(self, name: str) -> None:
+        """No new request may name a registered adapter; it leaves memory with the last one that does.
+
+        Raises:
+            InvalidRequestError: No adapter of this name was registered.
+        """
+        self._adapters.drop(name)
+        self._loop.do(lambda: self._adapters.sweep([*self._engine.requests.values(), *self._loop.pending.values()]))
+
     def start(self) -> "ContinuousBatcher":
         """From now on a thread of the batcher does the work, until `close`."""
         self._require_open()
@@ -212,8 +242,9 @@ class ContinuousBatcher:
         return self
 
     def close(self) -> None:
-        """Ends what is not over with finish reason "abort", gives all blocks back and unpatches the model."""
+        """Ends what is not over with finish reason "abort", gives all blocks back, and leaves the model as it was."""
         self._loop.stop()
+        self._adapters.close()
         self._unpatch()
 
     def __enter__(self) -> "ContinuousBatcher":
@@ -260,21 +291,3 @@ class ContinuousBatcher:
     def _require_open(self) -> None:
         if self._loop.is_over:
             raise PagedCacheError("this batcher is closed: make a new one, ContinuousBatcher(model, pool).")
-
-
-@contextmanager
-def _cancelling(handles: list[RequestHandle]) -> Iterator[None]:
-    """Ends the requests if this does not come to its end."""
-    try:
-        yield
-    except BaseException:
-        for handle in handles:
-            handle.cancel()
-        raise
-
-
-def _require_different(requests: list[Request]) -> None:
-    counts = Counter(request.request_id for request in requests)
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice is not None:
-        raise InvalidRequestError(f"request_id {twice!r} is given {counts[twice]} times: every request needs its own.")

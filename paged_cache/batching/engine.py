@@ -10,6 +10,8 @@ import torch
 
 from ..compat import is_out_of_memory, logger
 from ..errors import InvalidRequestError, OutOfBlocksError
+from .adapter_forward import by_adapter
+from .adapter_store import AdapterStore
 from .deadlines import Deadlines
 from .forwards import Forward
 from .plan import StepPlan
@@ -34,6 +36,7 @@ class Engine:
         scheduler: Plans steps, on the same memory.
         clock: Seconds.
         tokenizer: Goes to the outputs, for their text.
+        adapters: Those that requests may name.
 
     Attributes:
         requests: Those that are not over, by id.
@@ -51,8 +54,9 @@ class Engine:
         scheduler: Scheduler,
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Any = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
-        self.forward, self.memory, self.scheduler = forward, memory, scheduler
+        self.forward, self.memory, self.scheduler, self.adapters = forward, memory, scheduler, adapters
         self._clock, self._tokenizer = clock, tokenizer
         self.requests: dict[str, Request] = {}
         self.finished: Counter[str] = Counter()
@@ -112,6 +116,8 @@ class Engine:
         if is_done:
             self.num_steps += 1
             self.step_seconds += self._clock() - start
+        if self.adapters is not None:
+            self.adapters.sweep(self.requests.values())
         return is_done
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
@@ -227,11 +233,16 @@ class Engine:
         self.outputs.process(plan, logits, self._clock())
 
     def _begin(self, plan: StepPlan) -> None:
+        failed = self.adapters.errors(chunk.request for chunk in plan.chunks) if self.adapters is not None else []
+        for request, error in failed:
+            self.finish(request, "error", error)
         fresh = [chunk.request for chunk in plan.chunks if not chunk.request.decoding.rows]
         for request in fresh:
-            self.outputs.begin(request)
-        if fresh:  # a streamer may have failed at the prompt
+            if request.status is Status.RUNNING:
+                self.outputs.begin(request)
+        if fresh or failed:  # a streamer may have failed at the prompt
             plan.chunks = [chunk for chunk in plan.chunks if chunk.request.status is Status.RUNNING]
+        plan.chunks = by_adapter(plan.chunks)
 
     def _rewind(self, plan: StepPlan) -> None:
         """Rows whose logits were lost, since something stopped the step behind their forward, are computed again."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from ..compat import logger
@@ -116,3 +117,14 @@ class RequestHandle:
     def __repr__(self) -> str:
         state = self._output.finish_reason if self._output is not None else f"{len(self._tokens)} tokens so far"
         return f"RequestHandle({self.request_id!r}, {state})"
+
+
+@contextmanager
+def cancelling(handles: list[RequestHandle]) -> Iterator[None]:
+    """Ends the requests if this does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise

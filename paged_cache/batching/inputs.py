@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..devices import input_device
+from .adapter_store import AdapterStore
 from .beam_search import BeamSearch
 from .decoding import Decoding
 from .options import RequestOptions, require_callables
@@ -23,10 +24,13 @@ class InputProcessor:
         model: The `PreTrainedModel` that generates.
         tokenizer: For text, chat messages and `stop_strings`; None if there is none.
         clock: Seconds.
+        adapters: Those that a request may name.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, clock: Callable[[], float]) -> None:
-        self._model, self._tokenizer, self._clock = model, tokenizer, clock
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, clock: Callable[[], float], adapters: AdapterStore
+    ) -> None:
+        self._model, self._tokenizer, self._clock, self._adapters = model, tokenizer, clock, adapters
         self._prepare, self._device = Preparation(model, tokenizer), input_device(model)
         self._numbers = itertools.count()
 
@@ -61,6 +65,7 @@ class InputProcessor:
         Raises:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
+        self._adapters.require(options.adapter_name)
         require_callables(kwargs)
         prepared = self._prepare(ids, generation_config, kwargs)
         decoding = self._decoding(prepared, options.seed)
@@ -71,7 +76,8 @@ class InputProcessor:
             max_new_tokens=decoding.max_new_tokens,
             num_rows=decoding.num_rows,
             cache_salt=options.cache_salt,
-            tenant=options.tenant,
+            adapter_name=options.adapter_name,
+            tenant=options.tenant if options.adapter_name is None else (options.adapter_name, options.tenant),
             priority=options.priority,
             expected_tokens=options.expected_tokens,
             deadline=None if options.timeout is None else now + options.timeout,

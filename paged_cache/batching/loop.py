@@ -94,6 +94,12 @@ class EngineLoop:
                 self._drain()
             self._tell()
 
+    def do(self, action: Callable[[], None]) -> None:
+        """Does something between two steps; nothing if this is called inside of one."""
+        if not self._is_inside():
+            with self._exclusive():
+                action()
+
     def step(self) -> bool:
         """One step of the engine; whether anything was computed.
 

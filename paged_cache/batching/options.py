@@ -33,8 +33,10 @@ class RequestOptions:
     adapter_name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.request_id is not None and not isinstance(self.request_id, str):
-            raise InvalidRequestError(f"request_id={self.request_id!r}: a string is needed.")
+        for name in ("request_id", "adapter_name"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InvalidRequestError(f"{name}={value!r}: a string is needed.")
         for name in ("priority", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "seed" and value is None):
@@ -45,12 +47,10 @@ class RequestOptions:
                 raise InvalidRequestError(f"{name}={value!r}: a number above 0 is needed.")
         for name in ("cache_salt", "tenant"):
             _require_hashable(name, getattr(self, name))
-        if self.adapter_name is not None:
-            raise InvalidRequestError(
-                f"adapter_name={self.adapter_name!r} cannot be honoured: activate it with "
-                f"model.set_adapter({self.adapter_name!r})."
-            )
 
+
+SINGULAR = {"adapter_names": "adapter_name"}
+"""What an option of many prompts is called for one of them."""
 
 OWN_OPTIONS = [field.name for field in fields(RequestOptions)]
 
@@ -66,11 +66,12 @@ def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in options.items():
         for row, own in zip(rows, _values(name, value, count), strict=True):
-            row[name] = own
+            row[SINGULAR.get(name, name)] = own
     return rows
 
 
 def _values(name: str, value: Any, count: int) -> list[Any]:
+    value = list(value) if name in SINGULAR and isinstance(value, tuple) else value
     if name in LISTS or not (isinstance(value, list) or getattr(value, "ndim", 0) == 1):
         return [value] * count
     values = value if isinstance(value, list) else value.tolist()

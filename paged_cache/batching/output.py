@@ -47,6 +47,7 @@ class RequestOutput:
         sequences_scores: float32 `[num_return_sequences]`, of a beam search with `output_scores`.
         scores, logits: Per generated token `[num_sequences, vocab_size]`, with `return_dict_in_generate` and
             `output_scores` or `output_logits`.
+        adapter_name: As given at submit.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class RequestOutput:
     sequences_scores: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
+    adapter_name: str | None = None
 
     _tokenizer: ClassVar[Any] = None  # no fields: what people print, compare and store are tokens
     _texts: ClassVar[list[str] | None] = None

@@ -3,9 +3,12 @@
 from collections.abc import Hashable
 
 from ..memory.prefix import PrefixNode, exact_salt
+from ..memory.sequence import Sequence
 from ..memory.starting import Start
 from ..memory.windows import Windows
 from ..pool import BlockPool
+from ..weights import Weights
+from .adapter_store import AdapterStore
 from .plan import Prefix
 from .request import Chunk, Request, Row
 
@@ -16,14 +19,16 @@ class PoolMemory:
     Args:
         pool: Where the blocks come from.
         shares_prefixes: Whether a prompt may begin with blocks that another request left.
+        adapters: Those that requests may have; None if they have none.
     """
 
-    def __init__(self, pool: BlockPool, shares_prefixes: bool) -> None:
-        self.pool, self._manager = pool, pool.manager
+    def __init__(self, pool: BlockPool, shares_prefixes: bool, adapters: AdapterStore | None = None) -> None:
+        self.pool, self._manager, self._adapters = pool, pool.manager, adapters
         self._shares_prefixes = shares_prefixes and pool.manager.prefix_caching
         self.num_blocks, self.block_size = pool.num_blocks, pool.block_size
         windows = pool.storage.layout.windows
         self._windows, self._has_windows = Windows(windows, pool.block_size), any(windows)
+        self._weights: Weights | None = None
         self._keys: dict[Hashable, Hashable] = {}
         self._light_key: Hashable = None
         self._coming: set[tuple[int, tuple[int, ...]]] = set()
@@ -35,14 +40,15 @@ class PoolMemory:
 
     def begin_step(self, running: list[Request]) -> None:
         """Looks anew at what K and V depend on; what running rows compute from here on is shared no more if it changed."""
-        self._keys.clear()
+        self._forget_keys()
         self._coming.clear()
         light_key = self.pool.light_key()
         if light_key != self._light_key:
             self._light_key = light_key
             for request in running:
+                key = self._root_key(request)
                 for row in request.rows:
-                    if row.sequence is not None:
+                    if row.sequence is not None and _root_key_of(row.sequence) != key:
                         row.sequence.forget_tokens()
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -92,6 +98,8 @@ class PoolMemory:
 
     def admit(self, request: Request) -> None:
         """Makes the sequences of the request's rows, with what the pool holds of their tokens."""
+        if self._adapters is not None and self._adapters.bring(request):
+            self._forget_keys()
         key = self._root_key(request)
         is_first = request.admitted_time is None
         for row in request.rows:
@@ -116,6 +124,8 @@ class PoolMemory:
     def release(self, request: Request) -> None:
         """Takes all blocks of a request's rows; logits that wait would come again with their tokens."""
         request.held.clear()
+        if self._adapters is not None:
+            self._adapters.let_go(request)
         for row in request.rows:
             self.release_row(row)
 
@@ -151,10 +161,17 @@ class PoolMemory:
         """All that the request's K and V depend on besides its tokens; asked once per step, since it takes time."""
         if not self._shares_prefixes:
             return None
-        salt = exact_salt(request.cache_salt)
-        if salt not in self._keys:
-            self._keys[salt] = self.pool.root_key(salt, 0)
-        return self._keys[salt]
+        salt, name = exact_salt(request.cache_salt), request.adapter_name
+        if (salt, name) not in self._keys:
+            if self._weights is None and self.pool.weights is not None:
+                self._weights = self.pool.weights.read()
+            weights = self._weights
+            self._keys[salt, name] = None if weights is None else (weights.key(name), salt, 0)
+        return self._keys[salt, name]
+
+    def _forget_keys(self) -> None:
+        self._weights = None
+        self._keys.clear()
 
     def _is_coming(self, start: Start) -> bool:
         """Whether this step computes the block behind what is known."""
@@ -167,3 +184,11 @@ class PoolMemory:
         """What names the full block of these tokens behind a node."""
         start = node.depth * self.block_size
         return id(node), tuple(tokens[start : start + self.block_size])
+
+
+def _root_key_of(sequence: Sequence) -> Hashable | None:
+    """Under which key a sequence's tokens enter the prefix index; None if they do not."""
+    node = sequence.node
+    while node is not None and node.parent is not None:
+        node = node.parent
+    return None if node is None else node.key

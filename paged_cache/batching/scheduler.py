@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from ..errors import InvalidRequestError
+from .adapter_slots import AdapterSlots
 from .estimates import Estimates
 from .forecast import Forecast
 from .plan import Memory, Prefix, SchedulerStats, StepPlan
@@ -17,6 +18,7 @@ from .waiting import WaitingLines
 __all__ = ["Memory", "Prefix", "Scheduler", "SchedulerStats", "StepPlan"]
 
 DISPLACEMENT_PER_ROW = 16
+MOST_KEPT_OUT = 256  # candidates that have to wait for another adapter to go: they cost next to nothing
 
 
 class Scheduler:
@@ -39,6 +41,7 @@ class Scheduler:
         clock: Seconds; arrival times are on it.
         whole_prompts: A prompt is computed in one piece, however long; beyond the budget one in a step.
         max_chunk: Most tokens of one prompt in a step.
+        max_loras: Different adapters that run at once; None for any number. The next in order of the others may run meanwhile.
         max_displacement: In place of the policy's.
         backfill: Candidates that are passed over in a step at most.
         headroom: Share of the blocks that is left to errors of the forecast.
@@ -57,27 +60,26 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         whole_prompts: bool = False,
         max_chunk: int | None = None,
+        max_loras: int | None = None,
         max_displacement: float | None = None,
         backfill: float = 4,
         headroom: float = 0.02,
     ) -> None:
-        limits = {
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "max_chunk": max_chunk,
-        }
-        for name, value in limits.items():
+        limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        optional = {"max_chunk": max_chunk, "max_loras": max_loras}
+        for name, value in (limits | optional).items():
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name}={value}: at least 1 is needed.")
         self.memory, self.policy = memory, make_policy(policy)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.max_displacement = self._displacement(max_displacement)
+        own = self.policy.max_displacement if max_displacement is None else max_displacement
+        self.max_displacement = DISPLACEMENT_PER_ROW * max_num_seqs if own is None else own
         self.running: list[Request] = []
         self.num_running_seqs = 0
         self.estimates = Estimates(max_num_seqs, max_num_batched_tokens)
         self._clock, self._whole_prompts, self._max_chunk = clock, whole_prompts, max_chunk
         self._backfill, self._headroom = backfill, headroom
-        self._lines = WaitingLines(self.policy, self.max_displacement)
+        self._lines, self._adapters = WaitingLines(self.policy, self.max_displacement), AdapterSlots(max_loras)
         self._refused_at = -1  # free blocks when nobody could be admitted; less than that does not help
         self._num_arrived = self._num_admitted = self._num_preemptions = 0
 
@@ -202,20 +204,17 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan, limit: int) -> list[tuple[Request, Any, int]]:
         """Puts rows with one token to go into the plan, and preempts until there are blocks for them. Returns the other rows."""
-        chunks, prompts = self._rows_to_go()
-        del chunks[limit:]
+        chunks, prompts = self._rows_to_go(limit)
         free = self.memory.num_free
         if chunks and len(chunks) * self.memory.blocks_for(1) > free:
-            growth = self.memory.growth
-            while sum(growth(row, 1) for _, row, _ in chunks) > free and (victim := self.preempt()):
+            while sum(self.memory.growth(row, 1) for _, row, _ in chunks) > free and (victim := self.preempt()):
                 plan.preempted.append(victim)
-                chunks, prompts = self._rows_to_go()
-                del chunks[limit:]
+                chunks, prompts = self._rows_to_go(limit)
                 free = self.memory.num_free
         plan.chunks = chunks
         return prompts
 
-    def _rows_to_go(self) -> tuple[list[Chunk], list[tuple[Request, Any, int]]]:
+    def _rows_to_go(self, limit: int) -> tuple[list[Chunk], list[tuple[Request, Any, int]]]:
         chunks: list[Chunk] = []
         prompts: list[tuple[Request, Any, int]] = []
         for request in self.running:
@@ -225,7 +224,7 @@ class Scheduler:
                     chunks.append(Chunk(request, row, 1))
                 elif num_to_go:
                     prompts.append((request, row, num_to_go))
-        return chunks, prompts
+        return chunks[:limit], prompts
 
     def _plan_prompts(self, plan: StepPlan, room: Room, prompts: list[tuple[Request, Any, int]]) -> None:
         """Puts pieces of prompts into the plan."""
@@ -240,18 +239,20 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, room: Room) -> None:
         """Lets waiting requests run while there are slots, tokens and blocks."""
-        forecast, num_passed, now = Forecast(self.memory, self.running, self._headroom), 0, self._clock()
+        forecast, now = Forecast(self.memory, self.running, self._headroom), self._clock()
+        num_passed = num_kept_out = 0
         self._refused_at = self.memory.num_free
         with closing(self._lines.candidates(now)) as candidates:  # in the end, those that were passed over go back
             for request in candidates:
-                prefix = self.memory.look(request)
-                if self._can_admit(request, prefix, forecast, room):
+                if not self._adapters.has_room(request):
+                    num_kept_out += 1
+                elif self._can_admit(request, prefix := self.memory.look(request), forecast, room):
                     forecast.add(request, prefix)
                     self._start(request, now, plan, room)
                 else:
                     num_passed += 1
                 is_full = self.num_running_seqs >= self.max_num_seqs or not room.takes_prompts()
-                if is_full or num_passed >= self._backfill:
+                if is_full or num_passed >= self._backfill or num_kept_out >= MOST_KEPT_OUT:
                     break
 
     def _can_admit(self, request: Request, prefix: Prefix, forecast: Forecast, room: Room) -> bool:
@@ -277,6 +278,7 @@ class Scheduler:
             self._num_admitted += 1
         request.status = Status.RUNNING
         self.running.append(request)
+        self._adapters.take(request)
         self.num_running_seqs += request.num_live
         plan.admitted.append(request)
         self._plan_prompts(plan, room, [(request, row, row.num_tokens - row.num_computed) for row in request.rows])
@@ -284,6 +286,7 @@ class Scheduler:
     def _stop(self, request: Request) -> None:
         """Takes slots and blocks of a running request."""
         self.running.remove(request)
+        self._adapters.give_back(request)
         self.num_running_seqs -= request.num_live
         self.memory.release(request)
         self._refused_at = -1
@@ -293,7 +296,3 @@ class Scheduler:
         if self._lines.is_overdue(request):
             return request.priority, False, request.number, request.number
         return request.priority, True, request.key, request.number
-
-    def _displacement(self, given: float | None) -> float:
-        own = self.policy.max_displacement if given is None else given
-        return DISPLACEMENT_PER_ROW * self.max_num_seqs if own is None else own

@@ -1,5 +1,6 @@
 """What can be served: by which models, within which limits, and which requests at all."""
 
+from collections import Counter
 from numbers import Integral
 from typing import Any
 
@@ -73,3 +74,11 @@ def why_never(request: Request, memory: PoolMemory, max_num_seqs: int, whole_pro
             f"{memory.num_blocks}: make it larger or ask for less.",
         )
     return None
+
+
+def require_different(requests: list[Request]) -> None:
+    """Raises `InvalidRequestError` if two requests have one name."""
+    counts = Counter(request.request_id for request in requests)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InvalidRequestError(f"request_id {twice!r} is given {counts[twice]} times: every request needs its own.")

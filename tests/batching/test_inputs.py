@@ -74,7 +74,7 @@ def test_refused_arguments_that_say_nothing(batcher):
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"use_cache": False}, "use_cache"),
-        ({"adapter_name": "style"}, "set_adapter"),
+        ({"adapter_name": "style"}, "there is no such adapter"),
         ({"timeout": 0}, "timeout=0"),
         ({"timeout": -1.0}, "timeout=-1"),
         ({"cache_salt": {"a"}}, "cache_salt"),

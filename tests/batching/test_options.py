@@ -63,7 +63,7 @@ def test_options_that_are_lists_exist():
         ("expected_tokens", "x"),
         ("cache_salt", {"a"}),
         ("tenant", ["a"]),
-        ("adapter_name", "style"),
+        ("adapter_name", 3),
     ],
 )
 def test_values_that_make_no_sense(name, value):

@@ -1,0 +1,140 @@
+"""Adapters from folders that peft's `save_pretrained` wrote."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compat import base_model, logger
+from ..errors import InvalidRequestError
+from .activation import STATE
+from .tuners import BASE, split
+
+CONFIG = "adapter_config.json"
+
+
+def require_folder(name: Any, path: str | Path) -> Path:
+    """The folder of an adapter, if it can be one.
+
+    Raises:
+        InvalidRequestError: The name cannot be one, the folder holds no adapter, or one that works on inputs.
+    """
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise InvalidRequestError(f"adapter name {name!r}: a string without dots is needed, other than {BASE!r}.")
+    folder = Path(path)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(
+            f"adapter {name!r}: {folder} has no {CONFIG} that can be read ({error}): give a folder that save_pretrained of "
+            "peft wrote."
+        ) from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise InvalidRequestError(f"adapter {name!r}: {folder / CONFIG} names no peft_type.")
+    if config.get("num_virtual_tokens") or config.get("alora_invocation_tokens"):
+        raise InvalidRequestError(
+            f"adapter {name!r} ({config['peft_type']}) changes the inputs of the model, which a batcher makes itself: only "
+            "adapters that lie in the model's layers are served, such as LoRA."
+        )
+    return folder
+
+
+class FolderLoader:
+    """Puts adapters from folders into a model and takes them out again; everything else of it stays as it is.
+
+    Args:
+        model: A `PeftModel`, or a transformers model without adapters, which is wrapped while there are any.
+        device: Where weights are read to.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self._model, self._device = base_model(model), device
+        self._peft: Any = model if model is not self._model else None
+        self._is_own = self._peft is None
+
+    def load(self, name: str, folder: Path) -> None:
+        """Loads an adapter, which is not made active.
+
+        Raises:
+            Exception: What peft says of a folder that does not fit; nothing was changed.
+        """
+        with _preserving(self._model, is_first=self._peft is None):
+            if self._peft is None:
+                self._wrap(name, folder)
+            else:
+                self._add(name, folder)
+        logger.info("adapter %s loaded from %s", name, folder)
+
+    def unload(self, name: str) -> None:
+        """Takes an adapter out."""
+        if self._is_own and list(self._peft.peft_config) == [name]:
+            self._peft.unload()
+            self._peft = None
+        else:
+            with _preserving(self._model, is_first=False):
+                self._peft.delete_adapter(name)
+        logger.info("adapter %s unloaded", name)
+
+    def _wrap(self, name: str, folder: Path) -> None:
+        from peft import PeftConfig, get_peft_model
+
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        try:
+            self._peft = get_peft_model(self._model, config, adapter_name=name)
+            self._fill(name, folder)
+        except BaseException:
+            if self._peft is not None:
+                self._peft.unload()
+                self._peft = None
+            raise
+
+    def _add(self, name: str, folder: Path) -> None:
+        try:
+            self._fill(name, folder)
+        except BaseException:
+            if name in self._peft.peft_config:
+                self._peft.delete_adapter(name)
+            raise
+
+    def _fill(self, name: str, folder: Path) -> None:
+        result = self._peft.load_adapter(str(folder), name, torch_device=str(self._device))
+        if result.missing_keys:
+            raise InvalidRequestError(
+                f"adapter {name!r}: {folder} lacks weights that its {CONFIG} asks for, such as {result.missing_keys[0]}."
+            )
+        if result.unexpected_keys:
+            raise InvalidRequestError(
+                f"adapter {name!r}: {folder} has weights that this model has no place for, such as "
+                f"{result.unexpected_keys[0]}: it was made for another model."
+            )
+
+
+@contextmanager
+def _preserving(model: torch.nn.Module, is_first: bool) -> Iterator[None]:
+    """Which adapters are active and which parameters have gradients is afterwards what it was.
+
+    Args:
+        model: The transformers model.
+        is_first: There are no adapters yet: those to come are switched off for rows that name none.
+    """
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tuners = list(split(model)[1])
+    states = [{name: vars(tuner)[name] for name in STATE if name in vars(tuner)} for tuner in tuners]
+    common = (
+        {"_active_adapter": tuners[0].active_adapters, "_disable_adapters": tuners[0].disable_adapters}
+        if tuners
+        else {}
+    )
+    before = dict(zip(tuners, states, strict=True))
+    try:
+        yield
+    finally:
+        for tuner in split(model)[1]:
+            vars(tuner).update(before.get(tuner, common or {"_active_adapter": [], "_disable_adapters": is_first}))
+        for parameter, has_gradient in gradients:
+            parameter.requires_grad_(has_gradient)

@@ -95,7 +95,7 @@ OWNERS = {
     ],
     "triton": ["paged_cache.kernels"],
     "numba": ["paged_cache.kernels"],
-    "peft": ["paged_cache.integrations"],
+    "peft": ["paged_cache.adapters.folders", "paged_cache.integrations"],
     "accelerate": [],
     "matplotlib": ["paged_cache.picture"],
     "rich": ["paged_cache.cli", "paged_cache.demo_report", "paged_cache.picture"],

@@ -48,7 +48,7 @@ class PackedStep:
         ]
 
     def lengths(self, device: torch.device) -> "PackedLengths":
-        """The rows' lengths on a device: made when its first layer asks."""
+        """The rows' lengths on a device, in common for all groups."""
         if device not in self._lengths:
             self._lengths[device] = PackedLengths(self, device)
         return self._lengths[device]

@@ -79,11 +79,13 @@ class GroupWrites:
         window: The group's window, None for all.
         slots: int64 `[num_written]`, where the new tokens go.
         written: int64 `[num_written]`, which of the new tokens these are; None for all in order.
+        lengths: The rows' lengths on the device.
         memos: What kernels remember from layer to layer, by the options of their calls.
     """
 
     def __init__(self, lane: Lane, step: Any, slots: list[int], table: TableTensor) -> None:
         self.group, self.device, self.step = lane.group, lane.device, step
+        self.lengths = step.lengths(lane.device)
         self.window = step.storage.layout.windows[lane.group]
         self.memos: defaultdict[Hashable, dict[Any, Any]] = defaultdict(dict)
         self._table = table
@@ -98,11 +100,6 @@ class GroupWrites:
     def block_table(self) -> torch.Tensor:
         """int32 `[rows, max_blocks]`."""
         return self._table.update(self.step.rows, self.group, self.device)
-
-    @cached_property
-    def lengths(self) -> Any:
-        """The rows' lengths on this device; layers of all groups share them."""
-        return self.step.lengths(self.device)
 
 
 class GroupStep(GroupWrites):
@@ -193,7 +190,7 @@ class Step:
     _lengths: dict[torch.device, Lengths] = field(default_factory=dict)
 
     def lengths(self, device: torch.device) -> Lengths:
-        """The rows' lengths on a device: made when its first layer asks."""
+        """The rows' lengths on a device, in common for all groups."""
         if device not in self._lengths:
             self._lengths[device] = Lengths(self, device)
         return self._lengths[device]

@@ -68,13 +68,16 @@ def weights_digest(model: torch.nn.Module) -> str:
     Raises:
         InvalidRequestError: A weight is on the meta device and nothing says where its values are.
     """
-    known: dict[Any, str] = {}  # tied weights are read once
+    names = _names(model)
+    known: dict[int, str] = {}  # tied weights are read once
     entries = []
-    for name, tensor in _weights(model):
-        place = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-        if not tensor.data_ptr() or place not in known:
-            known[place] = tensor_digest(tensor)
-        entries.append((name, known[place]))
+    for module in peft_layers.split(model)[0]:
+        for name, tensor in _saved(module):
+            full = f"{names[module]}.{name}".lstrip(".")
+            digest = known.get(id(tensor)) or tensor_digest(_readable(module, name, full, tensor))
+            if isinstance(tensor, torch.nn.Parameter):  # the model has it: no other object gets its id meanwhile
+                known[id(tensor)] = digest
+            entries.append((full, digest))
     return _digest(sorted(entries))
 
 
@@ -113,16 +116,11 @@ def merged_adapters(model: torch.nn.Module) -> list[str]:
     return list(peft_layers.merged(list(peft_layers.split(model)[1])))
 
 
-def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers that are saved with a model, and what else a layer saves, by names that peft does not change."""
-    names = _names(model)
-    for module in peft_layers.split(model)[0]:
-        saved: dict[str, Any] = {}
-        module._save_to_state_dict(saved, "", True)
-        for name, value in saved.items():
-            full = f"{names[module]}.{name}" if names[module] else name
-            if isinstance(value, torch.Tensor):
-                yield full, _readable(module, name, full, value)
+def _saved(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a layer saves with its model, by name; those of quantised layers are more than their parameters."""
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", True)
+    return [(name, value) for name, value in saved.items() if isinstance(value, torch.Tensor)]
 
 
 def _names(model: torch.nn.Module) -> dict[torch.nn.Module, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..compat import base_model, logger
 from ..errors import InvalidRequestError
@@ -14,6 +15,7 @@ from .activation import STATE
 from .tuners import BASE, split
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def require_folder(name: Any, path: str | Path) -> Path:
@@ -34,6 +36,8 @@ def require_folder(name: Any, path: str | Path) -> Path:
         ) from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise InvalidRequestError(f"adapter {name!r}: {folder / CONFIG} names no peft_type.")
+    if not any((folder / weights).is_file() for weights in WEIGHTS):
+        raise InvalidRequestError(f"adapter {name!r}: {folder} has no weights, {' or '.join(WEIGHTS)}.")
     if config.get("num_virtual_tokens") or config.get("alora_invocation_tokens"):
         raise InvalidRequestError(
             f"adapter {name!r} ({config['peft_type']}) changes the inputs of the model, which a batcher makes itself: only "
@@ -102,16 +106,49 @@ class FolderLoader:
             raise
 
     def _fill(self, name: str, folder: Path) -> None:
-        result = self._peft.load_adapter(str(folder), name, torch_device=str(self._device))
-        if result.missing_keys:
+        with _keeping(self._model, name, folder):
+            result = self._peft.load_adapter(str(folder), name, torch_device=str(self._device))
+        missing = [key for key in result.missing_keys if name in key.split(".")]
+        if missing:
             raise InvalidRequestError(
-                f"adapter {name!r}: {folder} lacks weights that its {CONFIG} asks for, such as {result.missing_keys[0]}."
+                f"adapter {name!r}: {folder} lacks weights that its {CONFIG} asks for, such as {missing[0]}."
             )
         if result.unexpected_keys:
             raise InvalidRequestError(
                 f"adapter {name!r}: {folder} has weights that this model has no place for, such as "
                 f"{result.unexpected_keys[0]}: it was made for another model."
             )
+
+
+@contextmanager
+def _keeping(model: torch.nn.Module, name: str, folder: Path) -> Iterator[None]:
+    """Weights of the base model stay as they are, whatever is loaded from a folder meanwhile.
+
+    Raises:
+        InvalidRequestError: The folder has other ones.
+    """
+    kept = _base_weights(model, folder)
+    try:
+        yield
+    finally:
+        changed = [key for key, (parameter, before) in kept.items() if not torch.equal(parameter, before)]
+        for key in changed:
+            kept[key][0].data.copy_(kept[key][1])
+    if changed:
+        raise InvalidRequestError(
+            f"adapter {name!r}: {folder} has other weights for {changed[0]} of the base model, which all rows share: save it "
+            "with save_embedding_layers=False, or merge them into the base model."
+        )
+
+
+def _base_weights(model: torch.nn.Module, folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the base model's parameters that a folder has, too: peft saves embeddings whose size or adapter is new."""
+    if not (folder / WEIGHTS[0]).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS[0], framework="pt") as file:
+        saved = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118
+    own = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+    return {name: (own[name], own[name].detach().clone()) for name in saved & own.keys()}
 
 
 @contextmanager

@@ -82,7 +82,8 @@ class AdapterStore:
         if name is None:
             return
         with self._lock:
-            error = self._why_not(name, self._names if name in self._names else self._present())
+            present = (self._names if name in self._names else self._present()) - self._dropped
+            error = self._why_not(name, present)
         if error is not None:
             raise error
 

@@ -99,7 +99,7 @@ class ContinuousBatcher:
             self._unpatch()
             raise
         self._inputs = InputProcessor(inner, tokenizer, clock, self._adapters)
-        self._engine = Engine(forward, self._memory, scheduler, clock, tokenizer, self._adapters)
+        self._engine = Engine(forward, self._memory, scheduler, self._adapters, clock, tokenizer)
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
 

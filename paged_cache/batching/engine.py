@@ -10,10 +10,9 @@ import torch
 
 from ..compat import is_out_of_memory, logger
 from ..errors import InvalidRequestError, OutOfBlocksError
-from .adapter_forward import by_adapter
+from .adapter_forward import AdapterForward, by_adapter
 from .adapter_store import AdapterStore
 from .deadlines import Deadlines
-from .forwards import Forward
 from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .processing import OutputProcessor, make_output
@@ -34,9 +33,9 @@ class Engine:
         forward: Executes steps.
         memory: The pool's blocks.
         scheduler: Plans steps, on the same memory.
+        adapters: Those that requests may name.
         clock: Seconds.
         tokenizer: Goes to the outputs, for their text.
-        adapters: Those that requests may name.
 
     Attributes:
         requests: Those that are not over, by id.
@@ -49,12 +48,12 @@ class Engine:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: AdapterForward,
         memory: PoolMemory,
         scheduler: Scheduler,
+        adapters: AdapterStore,
         clock: Callable[[], float] = time.monotonic,
         tokenizer: Any = None,
-        adapters: AdapterStore | None = None,
     ) -> None:
         self.forward, self.memory, self.scheduler, self.adapters = forward, memory, scheduler, adapters
         self._clock, self._tokenizer = clock, tokenizer
@@ -116,8 +115,7 @@ class Engine:
         if is_done:
             self.num_steps += 1
             self.step_seconds += self._clock() - start
-        if self.adapters is not None:
-            self.adapters.sweep(self.requests.values())
+        self.adapters.sweep(self.requests.values())
         return is_done
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
@@ -233,7 +231,7 @@ class Engine:
         self.outputs.process(plan, logits, self._clock())
 
     def _begin(self, plan: StepPlan) -> None:
-        failed = self.adapters.errors(chunk.request for chunk in plan.chunks) if self.adapters is not None else []
+        failed = self.adapters.errors(chunk.request for chunk in plan.chunks)
         for request, error in failed:
             self.finish(request, "error", error)
         fresh = [chunk.request for chunk in plan.chunks if not chunk.request.decoding.rows]

@@ -23,6 +23,10 @@ class BatcherStats:
         blocks_in_use, peak_blocks_in_use, num_blocks: Blocks that requests (of anybody) hold now, at most so far after a
             step, and in all.
         prefix_queries, prefix_hits: Prompt tokens looked up in the pool, and those found, by all users of the pool.
+        num_grouped_forwards, num_separate_forwards: Forwards of rows with adapters: of all plain LoRA together, and of one
+            other adapter (DoRA, `modules_to_save`, ...), or of any in a model that runs padded.
+        loaded_adapters: Registered adapters in memory now, the least recently used first.
+        num_adapter_loads: Times that one was loaded from its folder.
     """
 
     forward: str
@@ -42,6 +46,10 @@ class BatcherStats:
     num_blocks: int
     prefix_queries: int
     prefix_hits: int
+    num_grouped_forwards: int
+    num_separate_forwards: int
+    loaded_adapters: tuple[str, ...]
+    num_adapter_loads: int
 
     @classmethod
     def of(cls, engine: Engine, num_pending: int) -> "BatcherStats":
@@ -66,4 +74,8 @@ class BatcherStats:
             num_blocks=pool.num_blocks,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
+            num_grouped_forwards=engine.forward.num_grouped,
+            num_separate_forwards=engine.forward.num_separate,
+            loaded_adapters=tuple(engine.adapters.loaded),
+            num_adapter_loads=engine.adapters.num_loads,
         )

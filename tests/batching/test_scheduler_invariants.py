@@ -11,6 +11,7 @@ from tests.batching.machine import Machine
 
 NUM_BLOCKS, BLOCK_SIZE, SLOTS, BUDGET = 24, 4, 5, 16
 POLICIES = ["fcfs", "sjf", "sjf-no-aging", "hrrn"]
+ADAPTERS = [None, "a", "b", "c"]
 PREDICTIONS = {
     "none": lambda true, limit: None,
     "oracle": lambda true, limit: true,
@@ -29,14 +30,23 @@ class Serving(RuleBasedStateMachine):
         whole_prompts=st.booleans(),
         max_chunk=st.sampled_from([None, 1, 5]),
         headroom=st.sampled_from([0.02, -1.0]),  # the latter admits far too many
+        max_loras=st.sampled_from([None, 1, 2]),
     )
     def start(self, max_displacement, **options):
         self.machine = Machine(NUM_BLOCKS, BLOCK_SIZE, SLOTS, BUDGET, max_displacement=max_displacement, **options)
         self.whole_prompts, self.requests, self.cancelled = options["whole_prompts"], [], []
+        self.max_loras = options["max_loras"]
 
     @rule(
         shapes=st.lists(
-            st.tuples(st.integers(1, 30), st.integers(1, 25), st.integers(1, 3), st.integers(0, 1), st.integers(0, 40)),
+            st.tuples(
+                st.integers(1, 30),
+                st.integers(1, 25),
+                st.integers(1, 3),
+                st.integers(0, 1),
+                st.integers(0, 40),
+                st.sampled_from(ADAPTERS),
+            ),
             min_size=1,
             max_size=6,
         ),
@@ -44,13 +54,12 @@ class Serving(RuleBasedStateMachine):
     )
     def arrive(self, shapes, prediction):
         new = []
-        for num_prompt, num_new, num_rows, priority, num_cached in shapes:
+        for num_prompt, num_new, num_rows, priority, num_cached, adapter_name in shapes:
             num_rows = num_rows if num_rows * -(-(num_prompt + num_new) // BLOCK_SIZE) <= NUM_BLOCKS else 1
             name, expected = f"{len(self.requests) + len(new)}", PREDICTIONS[prediction](num_new, 25)
             self.machine.memory.prefixes[name] = num_cached
-            new.append(
-                make_request(name, num_prompt, num_new, num_rows=num_rows, priority=priority, expected_tokens=expected)
-            )
+            options = {"num_rows": num_rows, "priority": priority, "adapter_name": adapter_name}
+            new.append(make_request(name, num_prompt, num_new, expected_tokens=expected, **options))
         self.requests += self.machine.add(*new)
 
     @rule(times=st.integers(1, 8), budget=st.sampled_from([None, None, 1, 7]))
@@ -105,6 +114,7 @@ class Serving(RuleBasedStateMachine):
         assert sorted(map(id, waiting)) == sorted(map(id, scheduler.waiting))
         assert sum(request.num_live for request in running) == scheduler.num_running_seqs <= SLOTS
         assert all(row.num_blocks == 0 for request in waiting for row in request.rows)
+        assert self.max_loras is None or len({r.adapter_name for r in running} - {None}) <= self.max_loras
 
     def teardown(self):
         """Everything ends, and the memory is whole."""
@@ -139,6 +149,48 @@ def test_the_bound_holds_whatever_is_predicted(policy, prediction, jobs, max_dis
     first = list(dict.fromkeys(machine.admitted))
     assert len(first) == len(jobs)
     assert all(place <= int(request.request_id) + max_displacement for place, request in enumerate(first))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    jobs=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 9), st.sampled_from("aaaab")),
+        min_size=1,
+        max_size=50,
+    ),
+    max_loras=st.integers(1, 2),
+    max_displacement=st.integers(0, 10),
+)
+def test_a_rare_adapter_does_not_starve(jobs, max_loras, max_displacement):
+    """The bound holds although requests of an adapter that runs may pass those that wait for another one to go."""
+    machine = Machine(24, 4, 3, 16, max_displacement=max_displacement, max_loras=max_loras)
+    for i, (num_prompt, num_new, num_steps, adapter_name) in enumerate(jobs):
+        machine.add(make_request(i, num_prompt, num_new, adapter_name=adapter_name))
+        for _ in range(num_steps):
+            machine.step()
+            running = {request.adapter_name for request in machine.scheduler.running}
+            assert len(running) <= max_loras
+    machine.run()
+
+    first = list(dict.fromkeys(machine.admitted))
+    assert len(first) == len(jobs)
+    assert all(place <= int(request.request_id) + max_displacement for place, request in enumerate(first))
+
+
+def test_others_run_while_an_adapter_waits_for_its_place():
+    """Requests of the adapter that runs pass those of another one, as far as the bound allows, and no slot is idle."""
+    machine = Machine(max_num_seqs=4, max_displacement=6, max_loras=1)
+    machine.add(*(make_request(f"a{i}", 4, 8, adapter_name="a") for i in range(2)))
+    machine.step()
+    machine.add(*(make_request(f"b{i}", 4, 2, adapter_name="b") for i in range(8)))
+    machine.add(*(make_request(f"late{i}", 4, 30, adapter_name="a") for i in range(9)))
+    machine.step()
+    assert machine.scheduler.num_running_seqs == 4
+    machine.run()
+    order = [request.request_id for request in machine.admitted]
+    assert order[2:4] == ["late0", "late1"]
+    assert order.index("b0") <= 2 + 6
+    assert len(order) == 19
 
 
 def test_plain_shortest_first_starves_and_the_default_does_not():

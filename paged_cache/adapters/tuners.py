@@ -76,6 +76,12 @@ def content(tuner: Any, adapter_name: str) -> Iterator[tuple[str, Any]]:
     yield "variant", None if variant is None else type(variant).__qualname__
 
 
+def is_invoked(tuner: Any, adapter_name: str) -> bool:
+    """Whether tokens of the prompt switch an adapter on (aLoRA); without being told where, peft computes the base model."""
+    variant = vars(tuner).get("lora_variant", {}).get(adapter_name)
+    return type(variant).__name__.startswith("ALora")
+
+
 def merged(tuners: Iterable[Any]) -> tuple[str, ...]:
     """The adapters that are merged into the base weights somewhere."""
     return tuple(sorted({name for tuner in tuners for name in tuner.merged_adapters}))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..adapters.folders import FolderLoader, require_folder
-from ..adapters.tuners import BASE, merged, names_in
+from ..adapters.tuners import BASE, is_invoked, merged, names_in
 from ..errors import InvalidRequestError
 from ..pool import BlockPool
 from .request import Request
@@ -40,6 +40,7 @@ class AdapterStore:
         self._errors: weakref.WeakKeyDictionary[Request, Exception] = weakref.WeakKeyDictionary()
         self._tuners: list[Any] = []
         self._names: set[str] = set()
+        self._invoked: set[str] = set()
         self.num_loads = 0
 
     @property
@@ -162,6 +163,11 @@ class AdapterStore:
             return InvalidRequestError(
                 f"adapter_name={name!r}: there is no such adapter; known are {known} and {BASE!r}."
             )
+        if name in self._invoked:
+            return InvalidRequestError(
+                f"adapter_name={name!r} is an aLoRA, which tokens of the prompt switch on: the batcher does not look for them. "
+                "Use model.generate."
+            )
         names = merged(self._tuners)
         if names:
             return InvalidRequestError(
@@ -180,7 +186,9 @@ class AdapterStore:
         weights = self._pool.weights
         if weights is not None and weights.tuners is not self._tuners:
             self._tuners = weights.tuners
-            self._names = {name for tuner in self._tuners for name in names_in(tuner)}
+            held = [(tuner, name) for tuner in self._tuners for name in names_in(tuner)]
+            self._names = {name for _, name in held}
+            self._invoked = {name for tuner, name in held if is_invoked(tuner, name)}
         return self._names
 
     def _registered(self) -> list[str]:

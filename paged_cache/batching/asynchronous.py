@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,14 @@ class AsyncContinuousBatcher:
         except BaseException:
             _cancel_soon(handles)
             raise
+
+    async def register_adapter(self, name: str, path: str | Path) -> None:
+        """Requests may name the adapter in this folder from now on; see `ContinuousBatcher.register_adapter`."""
+        await asyncio.to_thread(self._batcher.register_adapter, name, path)
+
+    async def drop_adapter(self, name: str) -> None:
+        """No new request may name a registered adapter; see `ContinuousBatcher.drop_adapter`."""
+        await asyncio.to_thread(self._batcher.drop_adapter, name)
 
     def stats(self) -> BatcherStats:
         """What is under way and what was done so far."""

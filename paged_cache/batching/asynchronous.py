@@ -3,8 +3,8 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch

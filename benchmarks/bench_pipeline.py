@@ -18,6 +18,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,8 @@ def make_options(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
 def everybody(pipe: Any, paged: Any, batch_sizes: list[int], options: dict[str, Any]) -> dict[str, Serve]:
     """By name: who serves prompts."""
     sizes = dict.fromkeys([1, *batch_sizes])
-    others: dict[str, Serve] = {
-        f"batch_size={size}": lambda prompts, size=size: pipe(prompts, batch_size=size, **options) for size in sizes
-    }
-    return others | {PAGED: lambda prompts: paged(prompts, progress_bar=False, **options)}
+    others: dict[str, Serve] = {f"batch_size={size}": partial(pipe, batch_size=size, **options) for size in sizes}
+    return others | {PAGED: partial(paged, progress_bar=False, **options)}
 
 
 def play(who: dict[str, Serve], prompts: list[str], is_backwards: bool, tick: Callable[[], Any]) -> Round:

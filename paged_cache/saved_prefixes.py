@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -12,8 +12,9 @@ from .adapters.tuners import BASE
 from .compat import logger
 from .errors import InvalidRequestError
 from .fingerprint import adapters_digest, loaded_adapters, merged_adapters, model_config, weights_digest
-from .memory.block_content import read_blocks, write_blocks
+from .memory.block_content import read_anywhere, write_blocks
 from .memory.branches import Branch, Placing, collect, plant
+from .memory.host_storage import HostStorage
 from .memory.layout import LayerSpec
 from .memory.manager import BlockManager
 from .memory.prefix import PrefixNode
@@ -28,6 +29,7 @@ class SavesPrefixes:
 
     storage: KVStorage
     manager: BlockManager
+    host_storage: HostStorage | None
     _model: weakref.ref[torch.nn.Module] | None
     _weights: WeightsVersion | None
     _confirmed: set[int]
@@ -52,9 +54,9 @@ class SavesPrefixes:
         with self.manager.lock:
             self._require_unchanged(adapter_name, states)
             roots = _named_roots(self.manager, states)
-            branches, blocks = collect(list(roots.values()))
+            branches, nodes = collect(list(roots.values()))
             description = _describe(self.storage, self._inner, config, weights, list(roots))
-            file = _copy(self.storage, description, branches, blocks)
+            file = _copy(self.storage, self.host_storage, description, branches, nodes)
         write(path, file)
         return sum(map(any, file.holds)) * description.block_size
 
@@ -177,17 +179,22 @@ def _describe(storage: KVStorage, model: Any, config: dict[str, Any], weights: s
 
 
 def _copy(
-    storage: KVStorage, description: Description, branches: list[Branch], blocks: list[list[int | None]]
+    storage: KVStorage,
+    host: HostStorage | None,
+    description: Description,
+    branches: list[Branch],
+    nodes: list[PrefixNode],
 ) -> PrefixFile:
     """K and V of all blocks, on the CPU. Groups of one window keep the same tokens; what one of them lacks is left out."""
     windows = description.windows
     groups = [[i for i, other in enumerate(storage.layout.windows) if other == window] for window in windows]
-    holds = [[all(row[group] is not None for group in of_window) for of_window in groups] for row in blocks]
+    places = [list(zip(node.blocks, node.host_blocks, strict=True)) for node in nodes]
+    holds = [[all(row[group] != (None, None) for group in of_window) for of_window in groups] for row in places]
     layers = {}
     for layer, spec in description.layers.items():
         group, column = storage.layout.places[layer].group, windows.index(spec.window)
-        wanted = [row[group] for row, held in zip(blocks, holds, strict=True) if held[column]]
-        layers[layer] = read_blocks(storage.layers[layer], cast(list[int], wanted))
+        wanted = [row[group] for row, held in zip(places, holds, strict=True) if held[column]]
+        layers[layer] = read_anywhere(storage, host, layer, wanted)
     return PrefixFile(description, branches, holds, layers)
 
 

@@ -687,6 +687,41 @@ def test_the_batcher_takes_a_file(llama_file):
     assert_whole(pool)
 
 
+class AlwaysCopy:
+    """Costs by which host memory is always worth a copy."""
+
+    def __getattr__(self, name):
+        return lambda *args: True
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_blocks", "options"),
+    [
+        ("llama", 14, {}),
+        ("gemma2", 26, {}),
+        ("gemma2", 26, {"kv_dtype": "int8"}),
+        ("deepseek_v3", 14, {"kv_dtype": "fp8_e4m3"}),
+    ],
+    ids=str,
+)
+def test_what_went_to_host_memory_is_saved(kind, num_blocks, options, path):
+    """Prefixes whose blocks were evicted to host memory are in the file, beside those in the pool, and make the same file."""
+    of = model(kind)
+    saved(of, path, PROMPT, OTHER, **options)
+    whole = path.read_bytes()
+    pool = poisoned_pool(of, num_blocks=num_blocks, offload_memory="1MB", **options)
+    pool.manager.host.costs = AlwaysCopy()
+    for ids in (PROMPT, OTHER):
+        generate(of, pool, ids)
+    assert pool.stats().num_offloaded > 4
+    path.unlink()
+    pool.save_prefixes(path)
+    assert path.read_bytes() == whole
+    pool.check()
+    if not options:
+        assert generate(of, pool)[0] == expected(of)
+
+
 @pytest.mark.gpu
 def test_a_file_of_the_cpu_loads_on_cuda(llama_file, path):
     """Fingerprints and layout do not depend on the device, in either direction."""

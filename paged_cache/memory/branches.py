@@ -26,10 +26,10 @@ Placing = list[tuple[int, int, int]]
 """(number of a branch, layer group, block) each."""
 
 
-def collect(roots: Sequence[PrefixNode]) -> tuple[list[Branch], list[list[int | None]]]:
-    """What there is behind `roots`, the shortest prefixes first, and per branch its block in each group, where it has one."""
+def collect(roots: Sequence[PrefixNode]) -> tuple[list[Branch], list[PrefixNode]]:
+    """What there is behind `roots`, the shortest prefixes first, and the node of each branch."""
     branches: list[Branch] = []
-    blocks: list[list[int | None]] = []
+    nodes: list[PrefixNode] = []
     level = [(number, -1, root) for number, root in enumerate(roots)]
     while level:
         behind = []
@@ -39,17 +39,17 @@ def collect(roots: Sequence[PrefixNode]) -> tuple[list[Branch], list[list[int | 
                 if _leads_to_blocks(child):
                     behind.append((root, len(branches), child))
                     branches.append(Branch(root, parent, tokens))
-                    blocks.append(list(child.blocks))
+                    nodes.append(child)
         level = behind
-    return branches, blocks
+    return branches, nodes
 
 
 def _leads_to_blocks(node: PrefixNode) -> bool:
-    """Whether the node or one behind it has a block; without a window the first look tells."""
+    """Whether the node or one behind it has a block, in the pool or in host memory."""
     todo = [node]
     while todo:
         node = todo.pop()
-        if node.held():
+        if any(block is not None for block in (*node.blocks, *node.host_blocks)):
             return True
         todo += node.children.values()
     return False

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..compat import base_model, logger
+from ..compat import base_model, logger, peft_layer_classes
 from ..errors import InvalidRequestError
 from .activation import STATE
-from .tuners import BASE, split
+from .tuners import BASE, names_in, split
+from .wrapping import Wrapping
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -59,6 +60,7 @@ class FolderLoader:
         self._model, self._device = base_model(model), device
         self._peft: Any = model if model is not self._model else None
         self._is_own = self._peft is None
+        self._wrapping = Wrapping(self._model)
 
     def load(self, name: str, folder: Path) -> None:
         """Loads an adapter, which is not made active.
@@ -66,11 +68,15 @@ class FolderLoader:
         Raises:
             Exception: What peft says of a folder that does not fit; nothing was changed.
         """
-        with _preserving(self._model, is_first=self._peft is None):
-            if self._peft is None:
-                self._wrap(name, folder)
-            else:
-                self._add(name, folder)
+        self._wrapping.begin()
+        try:
+            with _preserving(self._model, is_first=self._peft is None):
+                if self._peft is None:
+                    self._wrap(name, folder)
+                else:
+                    self._add(name, folder)
+        finally:
+            self._wrapping.clear()
         logger.info("adapter %s loaded from %s", name, folder)
 
     def unload(self, name: str) -> None:
@@ -81,6 +87,7 @@ class FolderLoader:
         else:
             with _preserving(self._model, is_first=False):
                 self._peft.delete_adapter(name)
+            self._wrapping.clear()
         logger.info("adapter %s unloaded", name)
 
     def _wrap(self, name: str, folder: Path) -> None:
@@ -113,11 +120,23 @@ class FolderLoader:
             raise InvalidRequestError(
                 f"adapter {name!r}: {folder} lacks weights that its {CONFIG} asks for, such as {missing[0]}."
             )
-        if result.unexpected_keys:
+        unexpected = [key for key in result.unexpected_keys if not _is_of_base(self._model, folder, key)]
+        if unexpected:
             raise InvalidRequestError(
-                f"adapter {name!r}: {folder} has weights that this model has no place for, such as "
-                f"{result.unexpected_keys[0]}: it was made for another model."
+                f"adapter {name!r}: {folder} has weights that this model has no place for, such as {unexpected[0]}: it was made "
+                "for another model."
             )
+
+
+def _is_of_base(model: torch.nn.Module, folder: Path, key: str) -> bool:
+    """Whether it is a weight of the base model: peft saves those of embeddings that any adapter in memory is for."""
+    own = {f"base_model.model.{name.replace('.base_layer', '')}": x for name, x in model.named_parameters()}
+    parameter = own.get(key.replace(".base_layer", ""))
+    if parameter is None or not (folder / WEIGHTS[0]).is_file():
+        return False
+    with safe_open(folder / WEIGHTS[0], framework="pt") as file:
+        saved = file.get_tensor(key)
+    return saved.shape == parameter.shape and torch.equal(saved.to(parameter), parameter)
 
 
 @contextmanager
@@ -173,5 +192,7 @@ def _preserving(model: torch.nn.Module, is_first: bool) -> Iterator[None]:
     finally:
         for tuner in split(model)[1]:
             vars(tuner).update(before.get(tuner, common or {"_active_adapter": [], "_disable_adapters": is_first}))
+            if tuner not in before and not isinstance(tuner, peft_layer_classes()[0]):  # knows only what it holds
+                vars(tuner)["_active_adapter"] = [name for name in tuner.active_adapters if name in names_in(tuner)]
         for parameter, has_gradient in gradients:
             parameter.requires_grad_(has_gradient)

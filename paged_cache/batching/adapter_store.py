@@ -11,7 +11,7 @@ import torch
 
 from ..adapters.folders import FolderLoader, require_folder
 from ..adapters.tuners import BASE, is_invoked, merged, names_in
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, PagedCacheError
 from ..pool import BlockPool
 from .request import Request
 
@@ -54,6 +54,8 @@ class AdapterStore:
         Raises:
             InvalidRequestError: A name is taken or cannot be one, or a folder holds no adapter; none was registered.
         """
+        if not isinstance(folders, Mapping):
+            raise InvalidRequestError(f"lora_modules={folders!r:.100}: a dictionary is needed, {{name: folder}}.")
         found = {name: require_folder(name, path) for name, path in folders.items()}
         with self._lock:
             for name in found:
@@ -98,7 +100,7 @@ class AdapterStore:
                 if name not in self._loaded and name not in self._present():
                     self._load(name)
             except Exception as error:  # noqa: BLE001 (whatever is wrong with a folder is its requests' affair)
-                self._errors[request] = error
+                self._errors[request] = _of_folder(name, self._folders[name], error)
             if name in self._loaded:
                 self._loaded.move_to_end(name)
                 self._loaded[name].add(request)
@@ -155,6 +157,7 @@ class AdapterStore:
         if name in self._loaded:
             self._loader.unload(name)
             del self._loaded[name]
+            self._present()
 
     def _why_not(self, name: str, present: set[str]) -> InvalidRequestError | None:
         is_registered = name in self._folders and name not in self._dropped
@@ -193,3 +196,12 @@ class AdapterStore:
 
     def _registered(self) -> list[str]:
         return sorted(self._folders.keys() - self._dropped)
+
+
+def _of_folder(name: str, folder: Path, error: Exception) -> Exception:
+    """An error that says which adapter it is about."""
+    if isinstance(error, PagedCacheError):
+        return error
+    said = PagedCacheError(f"adapter {name!r} cannot be loaded from {folder}: {type(error).__name__}: {error}")
+    said.__cause__ = error
+    return said

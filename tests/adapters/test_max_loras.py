@@ -1,0 +1,345 @@
+"""Adapters that are loaded from their folders when they are asked for, few at a time, and those that come and go meanwhile."""
+
+import copy
+import random
+import shutil
+
+import peft
+import pytest
+
+from paged_cache import ContinuousBatcher
+from paged_cache.errors import InvalidRequestError
+from paged_cache.integrations.lora import adapter_folders
+from tests.adapters.zoo import (
+    ATTENTION,
+    BASE,
+    GREEDY,
+    MLP,
+    Zoo,
+    assert_same_state,
+    expected,
+    lora,
+    make,
+    state_of,
+)
+from tests.batching.alone import differences, finish, prompt, tiny
+from tests.models import assert_whole, poisoned_pool
+
+KINDS = {
+    "a": lora(ATTENTION),
+    "b": lora(MLP, r=2),
+    "c": lora("all-linear", r=3),
+    "d": lora(ATTENTION, use_dora=True),
+    "e": lora(modules_to_save=["lm_head"]),
+}
+NAMES = list(KINDS)
+SIX = [*KINDS, "user"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of adapters, and what the model gives under each for two prompts; "user" is one that is loaded already."""
+    folder = tmp_path_factory.mktemp("adapters")
+    of = make(Zoo(grouped={"user": lora()} | KINDS))
+    of.save_pretrained(folder, selected_adapters=SIX)
+    want = {(name, length): expected(of, prompt(length), name, **GREEDY) for name in [*SIX, BASE] for length in (9, 22)}
+    assert len({str(rows) for rows in want.values()}) == len(want)
+    return folder, want
+
+
+def fresh(folder):
+    """The model as its user loads it, with one adapter."""
+    return peft.PeftModel.from_pretrained(copy.deepcopy(tiny("llama")), folder / "user", adapter_name="user").eval()
+
+
+def modules(folder, names=NAMES):
+    """Those that the batcher loads itself."""
+    return {name: path for name, path in adapter_folders(folder).items() if name in names}
+
+
+class Serving:
+    """A batcher with registered folders; what it answers is compared with what adapters give alone."""
+
+    def __init__(self, of, want, **settings):
+        self.of, self.want = of, want
+        self.pool = poisoned_pool(of)
+        self.batcher = ContinuousBatcher(of, self.pool, max_num_seqs=12, max_num_batched_tokens=48, **settings)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.batcher.close()
+
+    @property
+    def loaded(self):
+        """Registered adapters that are in memory."""
+        return {name for name in self.of.peft_config if name != "user"}
+
+    def __call__(self, *names, length=9):
+        outputs = self.batcher.generate(
+            [prompt(length)] * len(names), adapter_names=list(names), progress_bar=False, **GREEDY
+        )
+        assert not differences(outputs, [self.want[name, length] for name in names])
+        return [output.cached_tokens for output in outputs]
+
+
+def test_loaded_on_first_use(saved):
+    """Nothing is loaded before it is asked for, and nothing is left on the model in the end."""
+    folder, want = saved
+    of = fresh(folder)
+    before = state_of(of)
+    with Serving(of, want, lora_modules=modules(folder), max_loras=8) as serve:
+        assert serve.loaded == set()
+        serve("user", BASE)
+        assert serve.loaded == set()
+        serve("b")
+        assert serve.loaded == {"b"}
+        serve("a", "b", "d", BASE, "user")
+        assert serve.loaded == {"a", "b", "d"}
+        serve("e", "c", "a")
+    assert_whole(serve.pool)
+    assert_same_state(before, state_of(of))
+
+
+def test_the_least_recently_used_goes(saved):
+    """At most `max_loras` registered ones are in memory; the one that was not used for longest makes room."""
+    folder, want = saved
+    with Serving(fresh(folder), want, lora_modules=modules(folder), max_loras=2) as serve:
+        seen = []
+        for name in ("a", "b", "a", "c", "a", "b", "e", "b", "d"):
+            serve(name)
+            seen.append(serve.loaded)
+    assert seen == [
+        {"a"},
+        {"a", "b"},
+        {"a", "b"},
+        {"a", "c"},
+        {"a", "c"},
+        {"a", "b"},
+        {"b", "e"},
+        {"b", "e"},
+        {"b", "d"},
+    ]
+
+
+@pytest.mark.parametrize("max_loras", [1, 2, 3])
+def test_more_adapters_than_fit(saved, max_loras):
+    """Requests for more adapters than run at once are all served, a few adapters at a time, user's and base among them."""
+    folder, want = saved
+    of = fresh(folder)
+    names = [*NAMES, "user", BASE, *reversed(NAMES), "user", *NAMES, BASE]
+    with Serving(of, want, lora_modules=modules(folder), max_loras=max_loras) as serve:
+        handles = [serve.batcher.submit(prompt(9), adapter_name=name, **GREEDY) for name in names]
+        most = 0
+        while serve.batcher.step():
+            most = max(most, len(serve.loaded))
+            assert "user" in of.peft_config
+            serve.pool.check()
+        outputs = [handle.result(timeout=0) for handle in handles]
+    assert not differences(outputs, [want[name, 9] for name in names])
+    assert most == max_loras
+
+
+def test_prefixes_survive_eviction(saved):
+    """An adapter that is loaded again has the prefixes that it left."""
+    folder, want = saved
+    with Serving(fresh(folder), want, lora_modules=modules(folder), max_loras=1) as serve:
+        assert serve("a", length=22) == [0]
+        assert serve("b", length=22) == [0]
+        assert serve.loaded == {"b"}
+        assert serve("a", length=22) == [20]
+        assert serve(BASE, length=22) == [0]
+
+
+def test_registered_and_dropped_while_it_runs(saved):
+    """A name is known from `register_adapter` to `drop_adapter`, and may then be another adapter's."""
+    folder, want = saved
+    with Serving(fresh(folder), want, lora_modules=modules(folder, ["a"]), max_loras=2) as serve:
+        handle = serve.batcher.submit(prompt(22), adapter_name="a", **GREEDY)
+        serve.batcher.step()
+        with pytest.raises(InvalidRequestError, match="'b'"):
+            serve.batcher.submit(prompt(9), adapter_name="b", **GREEDY)
+        serve.batcher.register_adapter("b", folder / "b")
+        other = serve.batcher.submit(prompt(9), adapter_name="b", **GREEDY)
+        assert not differences(finish(serve.batcher, [handle, other]), [want["a", 22], want["b", 9]])
+        serve.batcher.drop_adapter("b")
+        assert "b" not in serve.of.peft_config
+        with pytest.raises(InvalidRequestError, match="'b'"):
+            serve.batcher.submit(prompt(9), adapter_name="b", **GREEDY)
+        serve("a")
+        serve.batcher.register_adapter("b", folder / "c")
+        (output,) = serve.batcher.generate([prompt(9)], adapter_names=["b"], progress_bar=False, **GREEDY)
+        assert not differences([output], [want["c", 9]])
+
+
+def test_a_folder_that_changed(saved, tmp_path):
+    """Registered anew under its name, an adapter has the new weights, and none of the old prefixes."""
+    folder, want = saved
+    shutil.copytree(folder / "a", tmp_path / "x")
+    with Serving(fresh(folder), want, lora_modules={"x": tmp_path / "x"}, max_loras=2) as serve:
+        serve.want = want | {("x", 22): want["a", 22]}
+        assert serve("x", length=22) == [0]
+        serve.batcher.drop_adapter("x")
+        shutil.rmtree(tmp_path / "x")
+        shutil.copytree(folder / "b", tmp_path / "x")
+        serve.batcher.register_adapter("x", tmp_path / "x")
+        serve.want = want | {("x", 22): want["b", 22]}
+        assert serve("x", length=22) == [0]
+        assert serve("x", length=22) == [20]
+
+
+def without_weights(folder):
+    """Only the configuration."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def cut(folder):
+    """Half of the weights' file."""
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_json(folder):
+    """A configuration that is none."""
+    (folder / "adapter_config.json").write_text("{", encoding="utf-8")
+
+
+def other_modules(folder):
+    """An adapter for a model of another kind."""
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("q_proj", "query_key_value"), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    for name in ("k_proj", "v_proj", "o_proj"):
+        text = text.replace(f'"{name}"', '"query_key_value"')
+    path.write_text(text, encoding="utf-8")
+
+
+def gone(folder):
+    """Nothing is there any more."""
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("spoil", [without_weights, cut, no_json, other_modules, gone], ids=lambda x: x.__name__)
+def test_bad_folders(saved, tmp_path, spoil):
+    """Whoever asks for an adapter that cannot be loaded gets the reason; the others, and the model, do not notice."""
+    folder, want = saved
+    shutil.copytree(folder / "a", tmp_path / "bad")
+    of = fresh(folder)
+    before = state_of(of)
+    with Serving(of, want, lora_modules=modules(folder) | {"bad": tmp_path / "bad"}, max_loras=2) as serve:
+        spoil(tmp_path / "bad")
+        names = ["a", "bad", BASE, "bad", "user", "b"]
+        handles = [serve.batcher.submit(prompt(9), adapter_name=name, **GREEDY) for name in names]
+        outputs = finish(serve.batcher, handles)
+        for name, output in zip(names, outputs, strict=True):
+            if name == "bad":
+                assert output.finish_reason in ("error", "rejected")
+                assert "bad" in str(output.error)
+            else:
+                assert not differences([output], [want[name, 9]])
+        assert "bad" not in of.peft_config
+        serve("a", "b", "user", BASE)
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(folder / "c", tmp_path / "bad")
+        serve.want = want | {("bad", 9): want["c", 9]}
+        serve("bad", "a")
+    assert_whole(serve.pool)
+    assert_same_state(before, state_of(of))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"max_loras": 0}, "max_loras"),
+        ({"max_loras": -1}, "max_loras"),
+        ({"max_loras": 1.5}, "max_loras"),
+        ({"lora_modules": {"sql": "/nowhere/at/all"}}, "/nowhere/at/all"),
+        ({"lora_modules": {"user": "FOLDER"}}, "user"),
+        ({"lora_modules": {"__base__": "FOLDER"}}, "__base__"),
+        ({"lora_modules": {3: "FOLDER"}}, "3"),
+        ({"lora_modules": {"a.b": "FOLDER"}}, "a.b"),
+        ({"lora_modules": ["FOLDER"]}, "lora_modules"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_settings(saved, settings, text):
+    """Limits and folders that make no sense are named, and the model stays as it was."""
+    folder, _ = saved
+    of = fresh(folder)
+    before = state_of(of)
+    given = settings.get("lora_modules")
+    if isinstance(given, dict):
+        settings = {"lora_modules": {name: path.replace("FOLDER", str(folder / "a")) for name, path in given.items()}}
+    elif given is not None:
+        settings = {"lora_modules": [folder / "a"]}
+    pool = poisoned_pool(of)
+    with pytest.raises((InvalidRequestError, TypeError), match=text):
+        ContinuousBatcher(of, pool, **settings)
+    assert_same_state(before, state_of(of))
+
+
+def test_unknown_names(saved):
+    """They are rejected at submit, with those that there are; dropping one that is none is refused, too."""
+    folder, want = saved
+    with Serving(fresh(folder), want, lora_modules=modules(folder, ["a", "b"]), max_loras=2) as serve:
+        for act in (
+            lambda: serve.batcher.submit(prompt(9), adapter_name="sql"),
+            lambda: serve.batcher.generate([prompt(9)] * 2, adapter_names=["a", "sql"], progress_bar=False),
+        ):
+            with pytest.raises(InvalidRequestError, match=r"'sql'.*\ba\b.*\bb\b"):
+                act()
+        for name in ("sql", "user", BASE):
+            with pytest.raises(InvalidRequestError, match=name):
+                serve.batcher.drop_adapter(name)
+        assert serve.batcher.stats().num_steps == 0
+        serve("a", "user")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_anything_at_any_time(saved, seed):
+    """Requests of random lengths and adapters come and are cancelled while adapters are registered and dropped; blocks are few."""
+    folder, want = saved
+    dice = random.Random(seed)
+    of = fresh(folder)
+    before = state_of(of)
+    known = {"a", "b"}
+    folders = modules(folder)
+    pool = poisoned_pool(of, num_blocks=40)
+    under_way, done, stats = [], 0, None
+    registered = {name: folders[name] for name in known}
+    with ContinuousBatcher(
+        of, pool, max_num_seqs=6, max_num_batched_tokens=24, lora_modules=registered, max_loras=2
+    ) as batcher:
+        for _ in range(160):
+            event = dice.random()
+            idle = known - {name for name, _, handle in under_way if not handle.done}
+            if event < 0.06 and (missing := sorted(set(NAMES) - known)):
+                name = dice.choice(missing)
+                batcher.register_adapter(name, folders[name])
+                known.add(name)
+            elif event < 0.1 and idle:
+                name = dice.choice(sorted(idle))
+                batcher.drop_adapter(name)
+                known.remove(name)
+            elif event < 0.14 and under_way:
+                dice.choice(under_way)[2].cancel()
+            elif event < 0.7:
+                name, length = dice.choice([*sorted(known), "user", BASE]), dice.choice((9, 22))
+                under_way.append((name, length, batcher.submit(prompt(length), adapter_name=name, **GREEDY)))
+            batcher.step()
+            pool.check()
+        finish(batcher)
+        stats = batcher.stats()
+    for name, length, handle in under_way:
+        output = handle.result(timeout=0)
+        assert output.finish_reason in ("length", "abort"), output.error
+        if output.finish_reason == "length":
+            assert not differences([output], [want[name, length]])
+            done += 1
+    assert done > 60
+    assert stats.num_preemptions >= 0
+    del batcher, under_way, handle
+    assert_whole(pool)
+    assert_same_state(before, state_of(of))

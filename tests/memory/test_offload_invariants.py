@@ -79,6 +79,23 @@ class OffloadingPool(Pool):
             row.floor = row.computed = count
         self.rows += rows
 
+    @precondition(lambda self: self.has_room())
+    @rule(
+        root=st.sampled_from(ROOTS[:-1]),
+        counts=st.lists(st.integers(1, 24), min_size=2, max_size=4),
+        wrong=st.integers(0, 4),
+        limit=st.integers(1, 24),
+    )
+    def come_back(self, root: str, counts: list[int], wrong: int, limit: int) -> None:
+        """Prompts come and go, of which cached blocks remain; then the first one is wanted again."""
+        size, num_groups = self.manager.block_size, len(self.manager.windows)
+        counts = [min(count, self.manager.num_free // num_groups * size) for count in counts]
+        for number, count in enumerate(counts):
+            row = self._new(root)
+            self._forward([row], [(count, wrong + number)])
+            self.manager.release(row.sequence)
+        self.start_from_prefix(root, counts[0], wrong, limit)
+
     @invariant()
     def host_memory_holds_what_the_index_says(self) -> None:
         host, index = self.manager.host, self.manager.index

@@ -79,7 +79,7 @@ class GenerateCall:
 
     def outputs(self, pipe: Pipeline, model_inputs: Any, parameters: dict[str, Any], output: RequestOutput) -> Any:
         """What the pipeline's `forward` would have returned, for its `postprocess`."""
-        return _forward(pipe, lambda **_: self._answer(output), model_inputs, parameters)
+        return _forward(pipe, lambda *_, **__: self._answer(output), model_inputs, parameters)
 
     def _answer(self, output: RequestOutput) -> Any:
         """What `generate` would have returned: int64 `[num_sequences, length]`, or its `ModelOutput`."""

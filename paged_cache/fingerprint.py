@@ -44,6 +44,10 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     for part in _plain(tensor):
+        if part.is_meta:
+            raise InvalidRequestError(
+                f"a tensor of shape {tuple(part.shape)} is on the meta device: its content is unknown."
+            )
         try:
             flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
         except (RuntimeError, NotImplementedError) as error:

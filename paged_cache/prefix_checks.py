@@ -15,8 +15,8 @@ from .memory.layout import LayerSpec
 from .memory.storage import KVStorage
 from .prefix_file import PrefixFile, Root
 
-States = dict[Hashable, tuple[tuple[str, ...], str]]
-"""Key of the weights under some adapters, to the names of the adapters that count and what names their content."""
+States = dict[str | None, tuple[Hashable, tuple[str, ...], str]]
+"""Per adapter name (None: whatever is active) the key of the weights, the adapters that count and what names their content."""
 
 
 def check_pool(path: Path, file: PrefixFile, storage: KVStorage, confirmed: Container[int]) -> None:
@@ -68,7 +68,7 @@ def keys_of_roots(
     Raises:
         InvalidRequestError: An adapter is not loaded, is another one, or the weights are not in the state for it.
     """
-    by_adapters = {adapters: key for key, adapters in states.items()}
+    by_adapters = {(adapters, digest): key for key, adapters, digest in states.values()}
     keys: list[Hashable | None] = []
     for root in file.description.roots:
         key = by_adapters.get((root.adapters, root.adapters_digest))
@@ -98,7 +98,7 @@ def _expected(storage: KVStorage, spec: LayerSpec, count: int) -> dict[str, tupl
 
 def _why_not(path: Path, root: Root, model: Any, states: States) -> str:
     names, loaded, merged = list(root.adapters), loaded_adapters(model), merged_adapters(model)
-    known = [digest for adapters, digest in states.values() if adapters == root.adapters]
+    known = [digest for _, adapters, digest in states.values() if adapters == root.adapters]
     what = f"{path} has prefixes of {f'the adapters {names}' if names else 'the model without adapters'}"
     if merged:
         return f"{what}; the model has {merged} merged into its weights: unmerge them first."

@@ -52,7 +52,7 @@ class SavesPrefixes:
         states = self._states(adapter_name)
         config, weights = model_config(self._inner), weights_digest(self._inner)
         with self.manager.lock:
-            self._require_unchanged(adapter_name, states)
+            states = self._still(adapter_name, states)
             roots = _named_roots(self.manager, states)
             branches, nodes = collect(list(roots.values()))
             description = _describe(self.storage, self._inner, config, weights, list(roots))
@@ -82,10 +82,11 @@ class SavesPrefixes:
         file = read(path)
         check_kind(path, file, self._inner)
         check_pool(path, file, self.storage, self._confirmed)
-        keys = keys_of_roots(path, file, self._inner, states, adapter_name)
+        keys_of_roots(path, file, self._inner, states, adapter_name)
         check_weights(path, file, self._inner)
         with self.manager.lock:
-            self._require_unchanged(adapter_name, states)
+            states = self._still(adapter_name, states)
+            keys = keys_of_roots(path, file, self._inner, states, adapter_name)
             for layer, spec in file.description.layers.items():
                 if len(file.layers[layer]["keys"]):
                     self.confirm(layer, spec)
@@ -137,24 +138,29 @@ class SavesPrefixes:
         states: States = {}
         for name in names:
             adapters, digest = adapters_digest(model, name)
-            states.setdefault(read_weights.key(name), (tuple(adapters), digest))
+            states[name] = read_weights.key(name), tuple(adapters), digest
         return states
 
-    def _require_unchanged(self, adapter_name: str | None, states: States) -> None:
-        if self._states(adapter_name) != states:
+    def _still(self, adapter_name: str | None, states: States) -> States:
+        """The states that are as they were. Which adapters are active changes while a batcher mixes adapters."""
+        now = self._states(adapter_name)
+        same = {name: state for name, state in states.items() if now.get(name) == state}
+        if not same or states.keys() - same.keys() - {None}:
             raise InvalidRequestError("the model's weights or adapters were changed meanwhile: try again.")
+        return same
 
 
 def _named_roots(manager: BlockManager, states: States) -> dict[Root, PrefixNode]:
     """The roots of these states, in an order that is the same in all processes."""
+    by_key = {key: (adapters, digest) for key, adapters, digest in states.values()}
     found: dict[Root, PrefixNode] = {}
     skipped = []
     for node in manager.index.roots():
-        if not isinstance(node.key, tuple) or len(node.key) != 3 or node.key[0] not in states:
+        if not isinstance(node.key, tuple) or len(node.key) != 3 or node.key[0] not in by_key:
             continue
         key, salt, extra = node.key
         if node.children and can_name(salt) and type(extra) is int:
-            found.setdefault(Root(*states[key], salt, extra), node)
+            found.setdefault(Root(*by_key[key], salt, extra), node)
         elif node.children:
             skipped.append(salt[1] if isinstance(salt, tuple) else salt)
     if skipped:

@@ -508,10 +508,11 @@ def test_weights_that_change_meanwhile(llama_file, path, monkeypatch):
     assert not path.exists()
 
 
-def test_saving_while_others_generate(path):
-    """A pool in use by another thread is saved again and again; each file holds whole, right prefixes."""
-    of, stop, failures = model("llama"), threading.Event(), []
-    reader = copy.deepcopy(of)
+@pytest.mark.parametrize("names", [None, ["sql", "chat", "__base__", "sql"]])
+def test_saving_while_others_generate(names, path):
+    """A pool in use by another thread, with one adapter or several, is saved again and again: all files are whole and right."""
+    of = model("llama") if names is None else lora(model("llama"), "sql", "chat")
+    stop, failures, reader = threading.Event(), [], copy.deepcopy(of)
     pool = poisoned_pool(of, num_blocks=40)
     randomly = random.Random(3)
     starts = [[randomly.randrange(10, 80) for _ in range(20)] for _ in range(4)]
@@ -520,7 +521,7 @@ def test_saving_while_others_generate(path):
         try:
             while not stop.is_set():
                 prompts = [[*start, *(randomly.randrange(10, 80) for _ in range(6))] for start in starts]
-                batcher.generate(prompts, max_new_tokens=4, do_sample=False, progress_bar=False)
+                batcher.generate(prompts, max_new_tokens=4, do_sample=False, progress_bar=False, adapter_names=names)
         except Exception as error:  # noqa: BLE001
             failures.append(error)
 
@@ -533,8 +534,10 @@ def test_saving_while_others_generate(path):
                 saved_tokens = pool.save_prefixes(path)
                 other = poisoned_pool(reader, num_blocks=60)
                 assert other.load_prefixes(path) == saved_tokens <= 40 * 4
-                for start in starts:
+                for start, name in zip(starts, names or starts, strict=True):
                     ids = torch.tensor([[*start, 11]])
+                    if names is not None:
+                        reader.base_model.set_adapter([] if name == "__base__" else name)
                     tokens, entered = generate(reader, other, ids)
                     assert tokens == expected(reader, ids)
                     num_hits += entered < 21

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 from transformers.pipelines.pt_utils import KeyDataset, PipelineIterator
 from transformers.pipelines.text_generation import ReturnType
@@ -96,7 +96,7 @@ OPTIONS = {
     "special tokens kept": {"skip_special_tokens": False},
     "stop sequence": {"stop_sequence": "\n"},
     "beams": {"num_beams": 3},
-    "two of four beams": {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 30},
+    "two of four beams": {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 20},
     "beams as tensors": {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 30, "return_tensors": True},
     "prefix": {"prefix": "import os\n"},
     "prefix and total length": {"prefix": "import os\n", "max_new_tokens": None, "max_length": 40},
@@ -117,7 +117,6 @@ OPTIONS = {
     "list of ends": {"eos_token_id": [1, 15, 16], "return_tensors": True},
     "processor": {"logits_processor": LogitsProcessorList([Upwards()])},
     "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 3},
-    "the length of the pipeline itself": {"max_new_tokens": None},
 }  # fmt: skip
 
 
@@ -125,6 +124,13 @@ OPTIONS = {
 def test_options_mean_the_same(wrap, pipe, name):
     """Each option of the call, of `generate` and of the tokenizer has the effect that it has without us."""
     compare(wrap(pipe), pipe, **OPTIONS[name])
+
+
+def test_the_default_length(wrap, pipe):
+    """Nobody says how long: the pipeline's own default holds, not the batcher's."""
+    ((_, output),) = compare(wrap(pipe), pipe, TEXTS[1:2], max_new_tokens=None, return_tensors=True)[0][0].items()
+
+    assert len(output) > 100
 
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
@@ -205,8 +211,19 @@ def inputs_of(form, texts):
         "iterator": lambda: iter(texts),
         "key dataset": lambda: KeyDataset(Rows(texts), "text"),
         "key dataset of a list": lambda: KeyDataset([{"text": text} for text in texts], "text"),
+        "iterable dataset": lambda: Stream(texts),
         "sequence": lambda: Column(texts),
     }[form]()
+
+
+class Stream(IterableDataset):
+    """A dataset without a length."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
 
 
 class Column:
@@ -222,7 +239,9 @@ class Column:
         return self._items[index]
 
 
-@pytest.mark.parametrize("form", ["generator", "iterator", "key dataset", "key dataset of a list", "sequence"])
+@pytest.mark.parametrize(
+    "form", ["generator", "iterator", "key dataset", "key dataset of a list", "iterable dataset", "sequence"]
+)
 def test_streams_of_texts(wrap, pipe, form):
     """Generators, iterators and datasets of texts give an iterator over the outputs, in order."""
     outputs = wrap(pipe)(inputs_of(form, TEXTS * 3), **GREEDY)
@@ -232,7 +251,7 @@ def test_streams_of_texts(wrap, pipe, form):
 
 
 def test_datasets_know_their_length_and_can_be_read_again(wrap, pipe):
-    """`tqdm(paged(dataset))` has a total, a second loop begins anew, and outputs may be inputs of the next pipeline."""
+    """`tqdm(paged(dataset))` has a total, and a second loop begins anew."""
     paged = wrap(pipe)
     outputs = paged(KeyDataset(Rows(TEXTS), "text"), **GREEDY)
     first = list(outputs)
@@ -243,7 +262,7 @@ def test_datasets_know_their_length_and_can_be_read_again(wrap, pipe):
         len(paged((text for text in TEXTS), **GREEDY))
 
 
-@pytest.mark.parametrize("form", ["generator", "iterator", "key dataset", "sequence"])
+@pytest.mark.parametrize("form", ["generator", "iterator", "key dataset", "iterable dataset", "sequence"])
 def test_streams_of_chats(wrap, chatty, form):
     """Chats may come from anywhere, too."""
     outputs = list(wrap(chatty)(inputs_of(form, CHATS), **GREEDY))

@@ -77,7 +77,13 @@ def plant(
         How many branches got blocks, and how many there was no room for.
     """
     with manager.lock:
-        return _Planting(manager, keys, branches, holds).run(write)
+        try:
+            return _Planting(manager, keys, branches, holds).run(write)
+        except Exception:  # put right by `run`
+            raise
+        except BaseException:  # Ctrl-C at any point
+            manager._repair()
+            raise
 
 
 class _Planting:

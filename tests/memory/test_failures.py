@@ -17,8 +17,11 @@ from tests.memory.fake_storage import FakeStorage, new_row
 MEMORY = Path(paged_cache.memory.__file__).parent
 FILES = {
     str(MEMORY / f"{name}.py")
-    for name in ("allocator", "free_blocks", "growth", "manager", "prefix", "registry", "sequence", "taking")
-}
+    for name in (
+        "allocator", "free_blocks", "growth", "manager", "offload", "prefix", "registering", "registry", "sequence",
+        "starting", "taking",
+    )
+}  # fmt: skip
 NUM_BLOCKS = 62
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 

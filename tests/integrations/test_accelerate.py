@@ -15,11 +15,22 @@ import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher, PagedCache
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels import dispatch
-from tests.models import TokenCounter, assert_whole, model, poisoned_pool, prompts
+from tests import models
+from tests.models import TokenCounter, assert_whole, poisoned_pool, prompts
 
 GREEDY = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
 WAYS = ["hooks only", "cpu", "disk", "cpu and disk by layer", "every other layer"]
 OFFLOADED = WAYS[1:]
+
+
+@functools.cache
+def model(kind):
+    """The tiny model; of gemma2 a copy, since transformers 5.17 leaves softcap out by default."""
+    of = models.model(kind)
+    if kind == "gemma2":
+        of = copy.deepcopy(of)
+        of.set_attn_implementation("eager")
+    return of
 
 
 def offloaded(of, way, folder):

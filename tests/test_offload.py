@@ -41,9 +41,12 @@ def offloading_pool(of, num_blocks, num_host_blocks=200, block_size=4, always=Tr
 
 
 def serve(of, pool, requests, **settings):
-    """Outputs of a batcher that expects short answers, its statistics, and the tokens that entered the model."""
+    """Outputs of a batcher that expects short answers and is interrupted often, its statistics, and the tokens computed."""
     with ContinuousBatcher(of, pool, **settings) as batcher, TokenCounter(of) as counter:
         handles = [batcher.submit(ids, expected_tokens=1, **GREEDY) for ids in requests]
+        while all(batcher.step() for _ in range(3)):
+            pool.check()
+            batcher._engine.scheduler.preempt()
         outputs = finish(batcher, handles)
         stats = batcher.stats()
     return [output.generated_tokens for output in outputs], stats, counter.tokens
@@ -58,7 +61,7 @@ def crowd():
 def test_preempted_requests_come_back(name):
     """In a pool that is far too small, preempted requests go on from host memory, with the tokens of `generate`."""
     of, requests = tiny(name), crowd()
-    num_blocks = {"gemma2": 50, "mistral": 14}.get(name, 30)
+    num_blocks = {"gemma2": 50, "mistral": 10}.get(name, 30)
     settings = {"max_num_seqs": 8}
     expected = [alone(of, ids, **GREEDY)[0] for ids in requests]
     without = poisoned_pool(of, num_blocks, 4)

@@ -61,6 +61,42 @@ def test_decode_steps_agree(tmp_path):
     assert all(line["worst_difference"] < TOLERANCE and line["rounds"] > 0 for line in result["lines"])
 
 
+@pytest.fixture
+def batching(monkeypatch):
+    """The folder of the scripts is where they find the parts they share."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("batching", "roofline")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("batching")
+def test_adapters_are_served_by_everybody(tmp_path):
+    """For one adapter and for three everybody has the same tokens; rounds of a second call are added."""
+    options = [tmp_path / "lora.json", "--quick", "--threads", "1"]
+    result = run("bench_lora.py", *options)
+    (times,) = result["rounds"]
+    again = run("bench_lora.py", *options, "--only", "ours", "--add")
+
+    several = {f"{name} {count}" for name in ("groups", "mixed", "ours") for count in (1, 3)}
+    assert times.keys() == several | {"active 1", "base"}
+    assert result["ratios"]["mixed 3 / ours 3"]["median"] == times["mixed 3"] / times["ours 3"]
+    assert again["rounds"][0] == times
+    assert again["rounds"][1].keys() == {"ours 1", "ours 3"}
+
+
+@pytest.mark.usefixtures("batching")
+def test_goals_of_adapters():
+    """They are judged by ratios of single rounds, where eight adapters were measured."""
+    script = runpy.run_path(str(BENCHMARKS / "bench_lora.py"))
+    rounds = [{"ours 1": one, "ours 8": 1.2 * one, "mixed 8": 1.9 * one} for one in (1.0, 3.0, 2.0)]
+    found = script["ratios"](rounds)
+
+    assert found["ours 8 / ours 1"].median == pytest.approx(1.2)
+    assert list(script["verdicts"](found).values()) == [True, False]
+    assert not script["verdicts"](script["ratios"]([{"ours 1": 1.0, "ours 3": 1.0}]))
+
+
 def test_requests_are_served_in_pools(tmp_path):
     """Pools hold what the requests need at a time and no more, and tables are made of runs."""
     result = run("bench_allocation.py", tmp_path / "allocation.json", "--quick", "--slots", "8")

@@ -126,6 +126,28 @@ def test_options_mean_the_same(wrap, pipe, name):
     compare(wrap(pipe), pipe, **OPTIONS[name])
 
 
+MANY_ENDS = list(range(1, 400, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "pad_token_id": 0},
+        {"num_beams": 3},
+        {"num_beams": 3, "pad_token_id": 0},
+    ],
+    ids=["pad", "pad 0", "beams", "beams, pad 0"],
+)
+def test_sequences_that_end_early_are_padded_as_ever(wrap, pipe, options):
+    """Behind the end of a sequence that is shorter than its sisters stands what `generate` writes there."""
+    more = {"num_return_sequences": 3, "eos_token_id": MANY_ENDS, "return_tensors": True, "length_penalty": 0.1}
+    expected = compare(wrap(pipe), pipe, seeds=[1, 2, 3, 4, 5], **more, **options)
+    lasts = {record["generated_token_ids"][-1] for records in expected for record in records}
+
+    assert lasts & {options.get("pad_token_id", 2), MANY_ENDS[0]} != set()
+
+
 def test_the_default_length(wrap, pipe):
     """Nobody says how long: the pipeline's own default holds, not the batcher's."""
     ((_, output),) = compare(wrap(pipe), pipe, TEXTS[1:2], max_new_tokens=None, return_tensors=True)[0][0].items()
@@ -184,6 +206,16 @@ def test_long_prompts_get_a_hole(wrap, monkeypatch):
     assert max(len(one[0]["generated_token_ids"]) for one in expected) == 17
 
 
+def test_holes_are_as_long_as_each_answer(wrap, monkeypatch):
+    """With `max_new_tokens` of their own, prompts are cut by their own."""
+    pipe = make_pipe()
+    monkeypatch.setattr(pipe.tokenizer, "model_max_length", 17)
+    options = {"handle_long_generation": "hole", "return_tensors": True, "do_sample": False}
+    outputs = wrap(pipe)([TEXTS[4]] * 2, max_new_tokens=[3, 14], **options)
+
+    assert outputs == [pipe(TEXTS[4], max_new_tokens=count, **options) for count in (3, 14)]
+
+
 def test_empty_prompts_are_continued(wrap, pipe):
     """No token at all: `generate` begins with its first token, and so does the batcher."""
     texts = ["", "for", ""]
@@ -195,9 +227,10 @@ def test_empty_prompts_are_continued(wrap, pipe):
 def test_settings_of_the_pipeline_hold(wrap):
     """Options that a pipeline was made with are those of its paged one; options of a call come first."""
     config = GenerationConfig(max_new_tokens=5, do_sample=False)
-    pipe = make_pipe(return_full_text=False, generation_config=config, prefix="import re\n")
+    pipe = make_pipe(return_full_text=False, generation_config=config, prefix="import re\n", stop_sequence=" re")
     paged = wrap(pipe)
 
+    assert one_by_one(pipe, TEXTS) != one_by_one(pipe, TEXTS, stop_sequence="no such text")
     for options in ({}, {"return_full_text": True}, {"max_new_tokens": 9, "prefix": ""}):
         expected = one_by_one(pipe, TEXTS, **options)
         assert_same(paged(TEXTS, **options), expected)

@@ -3,10 +3,12 @@
 import gc
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import TextGenerationPipeline
 
 from paged_cache import InvalidRequestError, OutOfBlocksError, PagedCacheError
 from paged_cache.integrations import paged_pipeline
@@ -279,6 +281,30 @@ def test_threads_share_a_pipeline(paged, expected):
 
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(call, range(6), timeout=40)) == [True] * 6
+
+
+class Watched(TextGenerationPipeline):
+    """Sees how many threads use its tokenizer at once."""
+
+    inside = most = 0
+
+    def preprocess(self, *args, **kwargs):
+        Watched.inside += 1
+        Watched.most = max(Watched.most, Watched.inside)
+        time.sleep(0.01)
+        inputs = super().preprocess(*args, **kwargs)
+        Watched.inside -= 1
+        return inputs
+
+
+def test_threads_take_turns_at_the_tokenizer(pipe, expected):
+    """A tokenizer's truncation and padding are its state: no two threads are in it at once."""
+    watched = Watched(model=pipe.model, tokenizer=pipe.tokenizer, task="text-generation", device="cpu")
+    with paged_pipeline(watched, memory="2MiB") as paged, ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda _: paged(TEXTS, **GREEDY), range(4), timeout=40))
+
+    assert outputs == [expected] * 4
+    assert Watched.most == 1
 
 
 def test_a_thread_of_the_batcher_may_work(paged, expected):

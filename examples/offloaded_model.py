@@ -18,7 +18,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model: Any = AutoModelForCausalLM.from_pretrained(name)
 prompts = [f"def {verb}_{noun}(" for verb in ("get", "set", "find", "load") for noun in ("item", "name")]
 inputs = [tokenizer(prompt).input_ids for prompt in prompts]
-options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 num_forwards = 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,10 +25,11 @@ def layer_devices(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, to
     return {i: _device_of(known[i], hooked) or default if i in known else default for i in layers}
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model's forward begins: there its inputs are made."""
+def input_device(model: Any) -> torch.device:
+    """Where a transformers model's forward begins: there its inputs are made."""
     hooked = _hooked_by_ancestors(model)
-    return _device_of(_embedding(model), hooked) or _device_of(model, hooked) or model.device
+    found = _device_of(_embedding(model), hooked) or _device_of(model, hooked)
+    return found if found is not None else torch.device(model.device)
 
 
 def is_spread(model: torch.nn.Module) -> bool:

@@ -91,7 +91,8 @@ class BlockPool(SavesPrefixes):
         check_block_size(block_size)
         dtype, kv_dtype = check_dtypes(dtype, kv_dtype, inner.dtype)
         spec = model_spec(inner.config)
-        layout = plan_layout(spec.layers, layer_devices(inner, spec.layers))
+        devices = layer_devices(inner, spec.layers)
+        layout = plan_layout(spec.layers, devices)
         per_token = layout.entry_bytes_by_device(*itemsizes(kv_dtype)) or {input_device(inner): 0}
         per_block = {device: n * block_size for device, n in per_token.items()}
         count = num_blocks_for(num_blocks, memory, per_block)
@@ -101,7 +102,7 @@ class BlockPool(SavesPrefixes):
             num_blocks=count,
             block_size=block_size,
             dtype=dtype,
-            device=next(map(layout.device_of, spec.layers), input_device(inner)),
+            device=next(iter(devices.values()), input_device(inner)),
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
             num_host_blocks=num_host_blocks_for(offload_memory, per_block, prefix_caching),

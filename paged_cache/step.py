@@ -111,6 +111,7 @@ class GroupStep(GroupWrites):
     """
 
     step: "Step"
+    lengths: Lengths
 
     def __init__(self, lane: Lane, step: "Step", slots: list[list[int]], table: TableTensor) -> None:
         flat = [slot for row in slots for slot in [SKIP] * (step.q_len - len(row)) + row]

@@ -10,6 +10,7 @@ import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher, InvalidRequestError, PagedCache
 from paged_cache.kernels.quantized import as_bytes
 from paged_cache.memory.host_storage import CudaStopwatch, HostStorage
+from paged_cache.memory.offload_costs import ENOUGH, REMEMBERED
 from paged_cache.memory.prefix import exact_salt
 from tests.batching.alone import alone, finish, prompt, tiny
 from tests.models import TokenCounter, assert_whole, poisoned_pool
@@ -225,8 +226,9 @@ def test_copies_that_do_not_pay_are_not_made():
     offloaded = pool.stats().offloaded
     assert offloaded > 0
     costs._clock = lambda: 1e9
-    costs.observe_copy(1, 1e6)
-    costs.observe_forward(1000, 1e-3)
+    for _ in range(REMEMBERED):
+        costs.observe_copy(1, 1e6)
+        costs.observe_forward(1000, 1e-3)
 
     tokens, num_tokens = converse(of, pool, ids)
     flood(of, pool)
@@ -241,10 +243,11 @@ def test_copies_that_do_not_pay_are_not_made():
 def test_forwards_are_measured():
     """Long forwards of `generate` and of the batcher say what a prompt token takes, copies what a block takes."""
     of = tiny("llama")
-    for use in (lambda pool: converse(of, pool, prompt(99, 1)), lambda pool: serve(of, pool, [prompt(99, 1)])):
+    for use in (lambda pool, ids: converse(of, pool, ids), lambda pool, ids: serve(of, pool, [ids])):
         pool = offloading_pool(of, 40, always=False)
         assert pool.manager.host.costs.seconds_per_token is None
-        use(pool)
+        for number in range(ENOUGH):
+            use(pool, prompt(99, 1 + number))
         assert 0 < pool.manager.host.costs.seconds_per_token < 1
         flood(of, pool)
         assert 0 < pool.manager.host.costs.seconds_per_block < 1

@@ -57,7 +57,7 @@ class BlockManager:
         self.index = PrefixIndex(len(self.windows))
         self.host = HostTier(num_host_blocks, self.index, OffloadCosts(block_size / max(len(self.windows), 1)))
         self.allocator = BlockAllocator(num_blocks, self._evict)
-        self.allocator.evict_ahead = min(EVICTED_TOGETHER, num_blocks // 64) if num_host_blocks else 0
+        self.allocator.evict_ahead = min(EVICTED_TOGETHER, num_blocks // 16) if num_host_blocks else 0
         self._planner = GrowthPlanner(self.allocator, block_size)
         self._taker = BlockTaker(self.allocator, block_size, self._forget)
         self._starter = Starter(self.allocator, self.index, self.host, self._visibility, block_size)

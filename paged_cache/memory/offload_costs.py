@@ -1,14 +1,17 @@
 """Whether copying blocks to host memory and back is cheaper than computing their tokens again. Plain Python."""
 
 import time
+from collections import deque
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 RETRY_SECONDS = 10.0
 """So long a measured copy is believed: where copying seemed dearer than computing, it is tried again after that."""
 
-FADING = 0.9
-"""What measurements count for after the next one."""
+REMEMBERED, ENOUGH = 15, 5
+"""Measurements that count, and how many there must be to be believed. Single ones are wrong by factors: the first forward
+compiles, the first copy to each huge page of host memory waits until the system has cleared it."""
 
 
 class Stopwatch:
@@ -27,20 +30,19 @@ class Stopwatch:
 
 
 class Rate:
-    """Seconds per unit over measurements that fade; None before the first one."""
+    """Seconds per unit: the median of the last measurements."""
 
     def __init__(self) -> None:
-        self._seconds = self._units = 0.0
+        self._rates: deque[float] = deque(maxlen=REMEMBERED)
 
     def observe(self, seconds: float, num_units: int) -> None:
         """Takes in a measurement of so many units."""
-        self._seconds = FADING * self._seconds + seconds
-        self._units = FADING * self._units + num_units
+        self._rates.append(seconds / num_units)
 
     @property
     def value(self) -> float | None:
-        """Seconds per unit."""
-        return self._seconds / self._units if self._units else None
+        """Seconds per unit; None until there are enough measurements."""
+        return median(self._rates) if len(self._rates) >= ENOUGH else None
 
 
 class OffloadCosts:

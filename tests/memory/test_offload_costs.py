@@ -4,7 +4,7 @@ import pytest
 
 from paged_cache.memory.manager import BlockManager
 from paged_cache.memory.offload import LONG_STEP
-from paged_cache.memory.offload_costs import RETRY_SECONDS, OffloadCosts, Stopwatch
+from paged_cache.memory.offload_costs import ENOUGH, REMEMBERED, RETRY_SECONDS, OffloadCosts, Stopwatch
 from tests.memory.fake_storage import FakeStorage, new_row
 
 
@@ -23,16 +23,28 @@ def clock() -> Clock:
     return Clock()
 
 
+def copied(costs: OffloadCosts, seconds_per_block: float) -> None:
+    """As many copies as are believed."""
+    for num_blocks in range(1, REMEMBERED + 1):
+        costs.observe_copy(num_blocks, num_blocks * seconds_per_block)
+
+
+def computed(costs: OffloadCosts, seconds_per_token: float) -> None:
+    """As many forwards as are believed."""
+    for num_tokens in range(100, 100 + REMEMBERED):
+        costs.observe_forward(num_tokens, num_tokens * seconds_per_token)
+
+
 def test_what_is_not_measured_is_done(clock: Clock) -> None:
     """Without both measurements copies are made: that is how they are measured."""
     costs = OffloadCosts(16, clock)
     assert costs.pays_saving()
     assert costs.pays_restoring(100, 1)
 
-    costs.observe_copy(1, 1e9)
+    copied(costs, 1e9)
     assert costs.pays_saving()
     other = OffloadCosts(16, clock)
-    other.observe_forward(1000, 1e-9)
+    computed(other, 1e-12)
     assert other.pays_saving()
     assert other.pays_restoring(100, 1)
 
@@ -43,8 +55,8 @@ def test_what_is_not_measured_is_done(clock: Clock) -> None:
 def test_both_sides_of_break_even(clock: Clock, seconds_per_block: float, saves: bool, restores: bool) -> None:
     """Of 16 tokens of 1 ms each, a copy out and back may take 16 ms together; one that is out already may take them alone."""
     costs = OffloadCosts(16, clock)
-    costs.observe_forward(200, 0.2)
-    costs.observe_copy(10, 10 * seconds_per_block)
+    computed(costs, 0.001)
+    copied(costs, seconds_per_block)
 
     assert costs.seconds_per_block == pytest.approx(seconds_per_block)
     assert costs.seconds_per_token == pytest.approx(0.001)
@@ -55,10 +67,10 @@ def test_both_sides_of_break_even(clock: Clock, seconds_per_block: float, saves:
 
 
 def test_a_wrong_measurement_does_not_last(clock: Clock) -> None:
-    """A copy that took far too long stops copies for a while; then one is made, and its time alone counts."""
+    """Copies that took far too long stop copies for a while; then some are made, and their times alone count."""
     costs = OffloadCosts(16, clock)
-    costs.observe_forward(200, 0.2)
-    costs.observe_copy(1, 5.0)
+    computed(costs, 0.001)
+    copied(costs, 5.0)
     assert not costs.pays_saving()
 
     clock.now += RETRY_SECONDS - 0.1
@@ -66,18 +78,31 @@ def test_a_wrong_measurement_does_not_last(clock: Clock) -> None:
     clock.now += 0.2
     assert costs.pays_saving()
     assert costs.pays_restoring(1, 1)
-    costs.observe_copy(1, 0.001)
+    copied(costs, 0.001)
     assert costs.pays_saving()
     assert costs.seconds_per_block == pytest.approx(0.001)
+
+
+def test_a_few_outliers_do_not_count(clock: Clock) -> None:
+    """Before there are enough measurements none is believed, and one in three may be wrong by any factor."""
+    costs = OffloadCosts(16, clock)
+    computed(costs, 0.001)
+    costs.observe_forward(100, 60.0)  # compiled
+    for number in range(REMEMBERED):
+        costs.observe_copy(1, 1000.0 if number % 3 == 0 else 0.001)
+        assert costs.pays_saving()
+        assert (costs.seconds_per_block is None) is (number + 1 < ENOUGH)
+    copied(costs, 1.0)
+    assert not costs.pays_saving()
 
 
 def test_measurements_fade(clock: Clock) -> None:
     """What changed for good is believed after some measurements, without a pause."""
     costs = OffloadCosts(16, clock)
-    costs.observe_forward(200, 0.2)
-    costs.observe_copy(10, 1.0)
+    computed(costs, 0.001)
+    copied(costs, 0.1)
     assert not costs.pays_saving()
-    for _ in range(60):
+    for _ in range(REMEMBERED):
         clock.now += 1
         costs.observe_copy(10, 0.01)
     assert costs.pays_saving()
@@ -122,7 +147,7 @@ def test_steps_and_copies_are_measured(clock: Clock, copy_seconds: float, pays: 
     manager, storage = make(clock, copy_seconds)
     host = manager.host
     assert LONG_STEP <= 112
-    for token in (1, 2, 3, 4, 1):
+    for token in (1, 2, 3, 4, 5, 6, 7, 8, 9, 7):
         found = serve(manager, storage, clock, token, 0.001)
 
     assert host.costs.seconds_per_token == pytest.approx(0.001)

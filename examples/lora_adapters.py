@@ -52,9 +52,8 @@ model.save_pretrained(args.folder)
 
 # A folder for each adapter, from which it is loaded when a request first asks for it, at most `max_loras` at a time.
 modules = adapter_folders(args.folder)
-base = model.unload().eval()
+base, names, prompt = model.unload().eval(), [*texts, "__base__"], "def read_lines(path):\n"
 pool = BlockPool.for_model(base, num_blocks=64)
-names, prompt = [*texts, "__base__"], "def read_lines(path):\n"
 with ContinuousBatcher(base, pool, tokenizer=tokenizer, lora_modules=modules, max_loras=4) as batcher:
     options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 1, "adapter_names": names}
     outputs = batcher.generate([prompt] * 3, max_new_tokens=64, **options)

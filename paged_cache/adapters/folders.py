@@ -87,6 +87,8 @@ class FolderLoader:
         else:
             with _preserving(self._model, is_first=False):
                 self._peft.delete_adapter(name)
+                if self._is_own:  # beside none that is active peft adds no other one
+                    self._peft.set_adapter(next(iter(self._peft.peft_config)))
             self._wrapping.clear()
         logger.info("adapter %s unloaded", name)
 

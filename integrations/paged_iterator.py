@@ -86,7 +86,7 @@ class PagedIterator(PipelineIterator):
         self._unfinished: list[Pending] = []
         self._bar: Any = None
         self._is_closed = False
-        weakref.finalize(self, _cancel, self._pending).atexit = False
+        weakref.finalize(self, _cancel, self._pending, wait=False).atexit = False
 
     def __iter__(self) -> "PagedIterator":
         """A dataset begins anew; a generator or an iterator goes on."""
@@ -173,11 +173,11 @@ class PagedIterator(PipelineIterator):
             return Pending(index, error=error)
 
 
-def _cancel(pending: deque[Pending]) -> None:
+def _cancel(pending: deque[Pending], wait: bool = True) -> None:
     while pending:
         handle = pending.pop().handle
         if handle is not None:
-            handle.cancel()
+            handle.cancel(wait)
 
 
 def _is_read_once(inputs: Any) -> bool:

@@ -19,7 +19,7 @@ class RequestHandle:
     Args:
         request_id: Of the request.
         wait: Called with a condition and seconds (or None): returns when the condition holds.
-        cancel: Ends the request.
+        cancel: Ends the request of this name, at once or in the next step.
         owner: The batcher, which lives until the request is over.
     """
 
@@ -27,7 +27,7 @@ class RequestHandle:
         self,
         request_id: str,
         wait: Callable[[Callable[[], bool], float | None], None],
-        cancel: Callable[[str], None],
+        cancel: Callable[[str, bool], None],
         owner: object = None,
     ) -> None:
         self.request_id, self._owner = request_id, owner
@@ -75,10 +75,14 @@ class RequestHandle:
         assert self._output is not None
         return self._output
 
-    def cancel(self) -> None:
-        """Ends the request with finish reason "abort", unless it is over. It keeps the tokens it has."""
+    def cancel(self, wait: bool = True) -> None:
+        """Ends the request with finish reason "abort", unless it is over. It keeps the tokens it has.
+
+        Args:
+            wait: Until it is over. With False it ends in the next step: nothing is locked, so that finalizers may do it.
+        """
         if self._output is None:  # later requests may have its id
-            self._cancel(self.request_id)
+            self._cancel(self.request_id, wait)
 
     def add_listener(self, listener: Listener) -> None:
         """Calls `listener` with each further token, and once with None at the end; from the thread that does the work."""

@@ -86,10 +86,15 @@ class EngineLoop:
         self._tell()
         return True
 
-    def cancel(self, request_id: str) -> None:
-        """Ends a request; it is over when this returns, or when the step that calls this is."""
+    def cancel(self, request_id: str, wait: bool = True) -> None:
+        """Ends a request; it is over when this returns, or when the step that calls this is.
+
+        Args:
+            request_id: Of the request.
+            wait: False to leave it to the next step, whoever does that; takes no lock.
+        """
         self._inbox.append(request_id)
-        if not self._is_inside():
+        if wait and not self._is_inside():
             with self._exclusive():
                 self._drain()
             self._tell()

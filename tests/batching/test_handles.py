@@ -612,3 +612,19 @@ def test_random_numbers_of_beam_sampling():
             assert torch.equal(torch.get_rng_state(), state)
         assert handles[0].result(timeout=0).sequences == want
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_request_that_is_given_up_without_waiting_ends_in_the_next_step():
+    """`cancel(wait=False)` takes no lock, even of somebody who is in the middle of a step; the next step gives the blocks back."""
+    of = tiny("llama")
+    pool = poisoned_pool(of, 100, 4)
+    with ContinuousBatcher(of, pool) as batcher:
+        handle = batcher.submit(prompt(9), max_new_tokens=50)
+        batcher.step()
+        with batcher._loop._stepping:
+            handle.cancel(wait=False)
+        assert not handle.done
+        assert pool.num_free < pool.num_blocks - pool.num_cached
+        batcher.step()
+        assert handle.result(timeout=0).finish_reason == "abort"
+        assert pool.num_free == pool.num_blocks

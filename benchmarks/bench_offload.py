@@ -67,11 +67,11 @@ def traces(is_quick: bool, block_size: int, seed: int) -> list[Trace]:
 
     if is_quick:
         return [
-            Trace("preempted", prompts(6, 20, 40), 48, 1, 0, 200 // block_size),
+            Trace("preempted", prompts(8, 20, 40), 48, 1, 0, 200 // block_size),
             Trace("conversations", prompts(4, 40, 60), 4, 2, 8, 120 // block_size),
         ]
     return [
-        Trace("preempted", prompts(16, 150, 250), 160, 1, 0, 3200 // block_size),
+        Trace("preempted", prompts(20, 100, 200), 200, 1, 0, 3200 // block_size),
         Trace("conversations", prompts(6, 400, 600), 16, 3, 32, 1200 // block_size),
     ]
 

@@ -123,6 +123,22 @@ def test_the_least_recently_used_goes(saved):
     ]
 
 
+def test_a_model_without_adapters(saved):
+    """It is wrapped while adapters are in it, whichever of them comes or goes first, and then it is itself again."""
+    folder, want = saved
+    of = copy.deepcopy(tiny("llama"))
+    before = state_of(of)
+    with Serving(of, want, lora_modules=modules(folder), max_loras=2) as serve:
+        for names in ("a", "b", "c", "a", "d", "e", "b"):
+            serve(*names, BASE)
+        assert serve.batcher.stats().loaded_adapters == ("e", "b")
+        assert serve.batcher.stats().num_adapter_loads == 7
+        (output,) = serve.batcher.generate([prompt(9)], progress_bar=False, **GREEDY)
+        assert not differences([output], [want[BASE, 9]])
+    assert_whole(serve.pool)
+    assert_same_state(before, state_of(of))
+
+
 @pytest.mark.parametrize("max_loras", [1, 2, 3])
 def test_more_adapters_than_fit(saved, max_loras):
     """Requests for more adapters than run at once are all served, a few adapters at a time, user's and base among them."""
@@ -297,49 +313,63 @@ def test_unknown_names(saved):
         serve("a", "user")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_anything_at_any_time(saved, seed):
-    """Requests of random lengths and adapters come and are cancelled while adapters are registered and dropped; blocks are few."""
+class Chaos:
+    """Requests come and are cancelled, adapters are registered and dropped, at random."""
+
+    def __init__(self, batcher, folders, others, dice):
+        self.batcher, self.folders, self.others, self.dice = batcher, folders, others, dice
+        self.known, self.requests = set(), []
+
+    def act(self):
+        """One event, most often a request."""
+        (act,) = self.dice.choices([self.register, self.drop, self.cancel, self.submit, int], [6, 5, 4, 55, 30])
+        act()
+
+    def register(self):
+        in_use = {name for name, _, handle in self.requests if not handle.done}
+        for name in sorted(self.folders.keys() - self.known - in_use)[:1]:
+            self.batcher.register_adapter(name, self.folders[name])
+            self.known.add(name)
+
+    def drop(self):
+        for name in self.dice.sample(sorted(self.known), min(len(self.known), 1)):
+            self.batcher.drop_adapter(name)
+            self.known.remove(name)
+
+    def cancel(self):
+        for _, _, handle in self.dice.sample(self.requests, min(len(self.requests), 1)):
+            handle.cancel()
+
+    def submit(self):
+        name, length = self.dice.choice([*sorted(self.known), *self.others]), self.dice.choice((9, 22))
+        options = GREEDY | {"expected_tokens": self.dice.choice((1, 6))}
+        self.requests.append((name, length, self.batcher.submit(prompt(length), adapter_name=name, **options)))
+
+
+@pytest.mark.parametrize(("seed", "has_user"), [(0, True), (1, True), (2, False)])
+def test_anything_at_any_time(saved, seed, has_user):
+    """Each request has its adapter's tokens, whatever comes, goes and is dropped beside it, when blocks and places are few."""
     folder, want = saved
-    dice = random.Random(seed)
-    of = fresh(folder)
+    of = fresh(folder) if has_user else copy.deepcopy(tiny("llama"))
     before = state_of(of)
-    known = {"a", "b"}
-    folders = modules(folder)
-    pool = poisoned_pool(of, num_blocks=40)
-    under_way, done, stats = [], 0, None
-    registered = {name: folders[name] for name in known}
-    with ContinuousBatcher(
-        of, pool, max_num_seqs=6, max_num_batched_tokens=24, lora_modules=registered, max_loras=2
-    ) as batcher:
-        for _ in range(160):
-            event = dice.random()
-            idle = known - {name for name, _, handle in under_way if not handle.done}
-            if event < 0.06 and (missing := sorted(set(NAMES) - known)):
-                name = dice.choice(missing)
-                batcher.register_adapter(name, folders[name])
-                known.add(name)
-            elif event < 0.1 and idle:
-                name = dice.choice(sorted(idle))
-                batcher.drop_adapter(name)
-                known.remove(name)
-            elif event < 0.14 and under_way:
-                dice.choice(under_way)[2].cancel()
-            elif event < 0.7:
-                name, length = dice.choice([*sorted(known), "user", BASE]), dice.choice((9, 22))
-                under_way.append((name, length, batcher.submit(prompt(length), adapter_name=name, **GREEDY)))
+    pool = poisoned_pool(of, num_blocks=14)
+    settings = {"max_num_seqs": 12, "max_num_batched_tokens": 24, "max_loras": 2, "policy": "fcfs"}
+    with ContinuousBatcher(of, pool, **settings) as batcher:
+        others = ["user", BASE] if has_user else [BASE]
+        chaos = Chaos(batcher, modules(folder), others, random.Random(seed))
+        for _ in range(200):
+            chaos.act()
             batcher.step()
             pool.check()
         finish(batcher)
-        stats = batcher.stats()
-    for name, length, handle in under_way:
-        output = handle.result(timeout=0)
-        assert output.finish_reason in ("length", "abort"), output.error
-        if output.finish_reason == "length":
-            assert not differences([output], [want[name, length]])
-            done += 1
-    assert done > 60
-    assert stats.num_preemptions >= 0
-    del batcher, under_way, handle
+        stats, requests = batcher.stats(), chaos.requests
+    outputs = [(name, length, handle.result(timeout=0)) for name, length, handle in requests]
+    over = [(output, want[name, length]) for name, length, output in outputs if output.finish_reason == "length"]
+    assert not differences(*zip(*over, strict=True))
+    assert len(over) > 60
+    assert {output.finish_reason for _, _, output in outputs} == {"length", "abort"}
+    assert stats.num_adapter_loads > 5
+    assert stats.num_preemptions > 0
+    del batcher, chaos, requests
     assert_whole(pool)
     assert_same_state(before, state_of(of))

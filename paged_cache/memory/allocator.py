@@ -92,7 +92,8 @@ class BlockAllocator:
         """
         if num_blocks > self.num_free:
             raise OutOfBlocksError(num_blocks, self.num_free)
-        self.make_room(num_blocks)
+        if len(self._free) < num_blocks:
+            self.make_room(num_blocks)
         blocks = self._free.take(num_blocks, after)
         for block in blocks:
             self._ref_counts[block] = 1

@@ -46,7 +46,8 @@ class PrefixNode:
 
     def is_empty(self) -> bool:
         """Whether the node holds no block and leads to none."""
-        return not self.children and all(block is None for block in (*self.blocks, *self.host_blocks))
+        num_none = self.blocks.count(None) + self.host_blocks.count(None)
+        return not self.children and num_none == 2 * len(self.blocks)
 
 
 Place: TypeAlias = tuple[PrefixNode, int]

@@ -43,7 +43,8 @@ class BlockTaker:
             for source in row.sources:
                 if isinstance(source, PrefixNode):
                     self._allocator.acquire(source.held())
-        self._allocator.make_room(plan.num_new)
+        if plan.num_new:
+            self._allocator.make_room(plan.num_new)
         num_groups = len(growths[0].sequence.tables) if growths else 0
         ends: list[End] = []
         writes = Writes(slots=[[] for _ in range(num_groups)])

@@ -15,14 +15,15 @@ def layer_devices(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, to
     """Per cache layer where its K and V are computed.
 
     Args:
-        model: Its attention modules say by `layer_idx` which layer they are; for layers of which none says so, the device
-            is that of the inputs.
+        model: Its attention modules say by `layer_idx` which layer they are, or lie in a list; other layers are where the
+            first of these is, or else where the inputs are.
         layers: The layers with K and V.
     """
-    known = _attention_modules(model.get_decoder())
+    known = _attention_modules(model.get_decoder()) or _attention_modules(model)
     hooked = _hooked_by_ancestors(model)
-    default = input_device(model)
-    return {i: _device_of(known[i], hooked) or default if i in known else default for i in layers}
+    found = {i: device for i in layers if i in known and (device := _device_of(known[i], hooked)) is not None}
+    default = next(iter(found.values()), None) or input_device(model)
+    return {i: found.get(i, default) for i in layers}
 
 
 def input_device(model: Any) -> torch.device:
@@ -47,14 +48,24 @@ def _embedding(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def _attention_modules(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """By layer the module that makes its K and V: of those that carry its number, the first that is called attention."""
+    """By layer the module that makes its K and V: of those that carry its number, the first that is called attention.
+
+    In models that do not number their attention, layers are the items of the largest list of modules.
+    """
     found: dict[int, torch.nn.Module] = {}
     for name in ("attention", ""):
         for module in decoder.modules():
             index = getattr(module, "layer_idx", None)
             if isinstance(index, int) and name in type(module).__name__.lower():
                 found.setdefault(index, module)
+    lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
+    for index, module in enumerate(max(lists, key=_numel, default=())):
+        found.setdefault(index, module)
     return found
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _device_of(module: torch.nn.Module, inherited: dict[torch.nn.Module, torch.device]) -> torch.device | None:

@@ -39,7 +39,7 @@ def plain(kind):
 def spread(kind, places=PLACES, main="cpu"):
     """A copy with its layers on these devices in turns and the head on the last; inputs begin on `main`."""
     of = copy.deepcopy(plain(kind))
-    stem = "transformer.h" if kind == "gpt2" else "model.layers"
+    stem = "transformer.h" if kind.startswith("gpt") else "model.layers"
     layers = dict(of.get_submodule(stem).named_children())
     places_of = {f"{stem}.{name}": places[int(name) % len(places)] for name in layers}
     others = ("lm_head", "norm", "ln_f", "embedding_norm")
@@ -100,6 +100,15 @@ def without_patch():
     """Dense tensors are gathered where each layer is."""
     of = spread("llama")
     assert generate(of, poisoned_pool(of)) == expected("llama")
+
+
+def without_numbers():
+    """Layers that do not say which they are, with attention that is written out, are found by their place in a list."""
+    of = spread("gpt_neo", ["cpu", "far:0"])
+    pool = poisoned_pool(of)
+    assert pool.devices == (torch.device("cpu"), torch.device("far:0"))
+    with paged_cache.patch(of):
+        assert generate(of, pool) == expected("gpt_neo")
 
 
 def beams():
@@ -174,6 +183,7 @@ RUNS = {
     "padded: gemma2": functools.partial(padded, "gemma2"),
     "padded: gpt2": functools.partial(padded, "gpt2"),
     "without patch": without_patch,
+    "without numbers": without_numbers,
     "beams": beams,
     "packed: llama": functools.partial(batcher, "llama", "packed"),
     "packed: begins elsewhere": functools.partial(batcher, "llama", "packed", main="far:1"),

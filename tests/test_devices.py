@@ -30,7 +30,7 @@ from tests.models import assert_whole, model, poisoned_pool, prompts
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 RUNS = [
-    "padded: llama", "padded: gemma2", "padded: gpt2", "without patch", "beams", "packed: llama",
+    "padded: llama", "padded: gemma2", "padded: gpt2", "without patch", "without numbers", "beams", "packed: llama",
     "packed: begins elsewhere", "packed: gemma2", "states: lfm2", "8 bits", "memory", "prefix file", "moved",
 ]  # fmt: skip
 """Those of `far_runs.py`, which registers its devices in the process that imports it."""

@@ -59,7 +59,8 @@ def _attention_modules(decoder: torch.nn.Module) -> dict[int, torch.nn.Module]:
             if isinstance(index, int) and name in type(module).__name__.lower():
                 found.setdefault(index, module)
     lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList)]
-    for index, module in enumerate(max(lists, key=_numel) if lists else []):
+    largest = max(lists, key=_numel) if lists else torch.nn.ModuleList()
+    for index, module in enumerate(largest):
         found.setdefault(index, module)
     return found
 

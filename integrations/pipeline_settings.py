@@ -58,11 +58,18 @@ def read_ahead_of(value: Any, is_eager: bool, max_num_seqs: int) -> int | None:
     return value
 
 
+def device_type(model: Any, pool: BlockPool | None) -> str:
+    """Of the device where the model begins to compute: what it offloads is on none."""
+    return (pool or BlockPool.for_model(model, num_blocks=1)).device.type
+
+
 def make_pool(model: Any, memory: int | float | str | None, max_num_seqs: int) -> BlockPool:
-    """A pool of the pipeline's own; without `memory`, one for `max_num_seqs` longest contexts, if there is so much."""
+    """A pool of the pipeline's own; without `memory`, one for `max_num_seqs` longest contexts, if there is so much; or a share of each of several devices."""
     if memory is not None:
         return BlockPool.for_model(model, memory=memory)
     one_block = BlockPool.for_model(model, num_blocks=1)
+    if len(one_block.devices) > 1:
+        return BlockPool.for_model(model, memory=MEMORY_SHARES.get(one_block.device.type, MEMORY_SHARE_ELSEWHERE))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT
     wanted = max_num_seqs * context * one_block.bytes_per_token
     share = MEMORY_SHARES.get(one_block.device.type, MEMORY_SHARE_ELSEWHERE)

@@ -19,6 +19,7 @@ from .pipeline_settings import (
     REQUEST_OPTIONS,
     SETTINGS,
     UNFINISHED_PER_SEQ,
+    device_type,
     make_pool,
     max_num_seqs_of,
     read_ahead_of,
@@ -87,7 +88,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
             )
         if settings.get("max_queue_size") is not None:
             raise InvalidRequestError("max_queue_size cannot be honoured: read_ahead limits what waits in a pipeline.")
-        settings["max_num_seqs"] = max_num_seqs_of(settings.get("max_num_seqs"), self.model.device.type)
+        settings["max_num_seqs"] = max_num_seqs_of(settings.get("max_num_seqs"), device_type(self.model, pool))
         self.pool = pool if pool is not None else make_pool(self.model, memory, settings["max_num_seqs"])
         self._batcher = ContinuousBatcher(self.model, self.pool, policy=policy, tokenizer=self.tokenizer, **settings)
         self._max_num_seqs, self._lock = settings["max_num_seqs"], threading.RLock()

@@ -115,8 +115,9 @@ def attach(tier: HostTier, storage: KVStorage) -> HostStorage:
     """Gives a tier the memory for its blocks."""
     host = HostStorage(storage, tier.num_blocks)
     tier.on_save, tier.on_load = host.save, host.load
-    if storage.device.type == "cuda":
-        tier.stopwatch = CudaStopwatch(storage.device)
+    cuda = next((device for device in storage.slabs if device.type == "cuda"), None)
+    if cuda is not None:
+        tier.stopwatch = CudaStopwatch(cuda)
     return host
 
 

@@ -60,7 +60,8 @@ def read_ahead_of(value: Any, is_eager: bool, max_num_seqs: int) -> int | None:
 
 def device_type(model: Any, pool: BlockPool | None) -> str:
     """Of the device where the model begins to compute: what it offloads is on none."""
-    return (pool or BlockPool.for_model(model, num_blocks=1)).device.type
+    some = pool if isinstance(pool, BlockPool) else BlockPool.for_model(model, num_blocks=1)
+    return some.device.type
 
 
 def make_pool(model: Any, memory: int | float | str | None, max_num_seqs: int) -> BlockPool:

@@ -106,7 +106,11 @@ class Contest:
         pool = BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=BLOCK_SIZE)
         limits: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
         with ContinuousBatcher(self.model, pool, **limits) as batcher:
-            options: dict[str, Any] = {"max_new_tokens": self.workload.num_new, "do_sample": False, "progress_bar": False}
+            options: dict[str, Any] = {
+                "max_new_tokens": self.workload.num_new,
+                "do_sample": False,
+                "progress_bar": False,
+            }
             outputs = batcher.generate(self.workload.prompts, adapter_names=names, **options)
         return [output.generated_tokens for output in outputs]
 

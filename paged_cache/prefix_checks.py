@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from .adapters.tuners import BASE
+from .adapters import BASE
 from .errors import InvalidRequestError
 from .fingerprint import loaded_adapters, merged_adapters, model_config, weights_digest
 from .kernels.quantized import LARGEST

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .adapters.tuners import BASE
+from .adapters import BASE
 from .compat import logger
 from .errors import InvalidRequestError
 from .fingerprint import adapters_digest, loaded_adapters, merged_adapters, model_config, weights_digest

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .adapters import BASE
 from .adapters import tuners as peft_layers
 from .compat import offloaded_weights, peft_layer_classes
 
@@ -111,7 +112,7 @@ class Weights:
         """By layer the adapters that count, their numbers, and sums over the bits of their tensors; () for the base model."""
         layers: list[Hashable] = []
         tensors: list[torch.Tensor] = []
-        is_known = adapter_name is None or adapter_name == peft_layers.BASE
+        is_known = adapter_name is None or adapter_name == BASE
         for tuner, place in self._tuners.items():
             names = peft_layers.effective(tuner, adapter_name)
             is_known = is_known or bool(names)

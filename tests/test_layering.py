@@ -69,7 +69,7 @@ PUBLIC = ["paged_cache", "paged_cache.assets", "paged_cache.errors", "paged_cach
 SCHEDULING = [
     f"paged_cache.batching.{name}"
     for name in (
-        "cost_model", "estimates", "forecast", "plan", "policy", "predictor", "request", "room", "scheduler", "waiting"
+        "adapter_slots", "cost_model", "estimates", "forecast", "plan", "policy", "predictor", "request", "room", "scheduler", "waiting"
     )
 ]  # fmt: skip
 BOOKKEEPING = ["paged_cache.errors", "paged_cache.memory", *SCHEDULING]

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .tuners import BASE, names_in
+from . import BASE
+from .tuners import names_in
 
 STATE = ("_active_adapter", "_disable_adapters")
 """What of peft's layers says which adapters are active. `set_adapter` would change which parameters have gradients, too."""

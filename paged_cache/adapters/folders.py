@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from ..compat import base_model, logger, peft_layer_classes
 from ..errors import InvalidRequestError
+from . import BASE
 from .activation import STATE
-from .tuners import BASE, names_in, split
+from .tuners import names_in, split
 from .wrapping import Wrapping
 
 CONFIG = "adapter_config.json"
@@ -164,12 +165,16 @@ def _keeping(model: torch.nn.Module, name: str, folder: Path) -> Iterator[None]:
 
 def _base_weights(model: torch.nn.Module, folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Copies of the base model's parameters that a folder has, too: peft saves embeddings whose size or adapter is new."""
-    if not (folder / WEIGHTS[0]).is_file():
-        return {}
-    with safe_open(folder / WEIGHTS[0], framework="pt") as file:
-        saved = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118
+    saved = {name.removeprefix("base_model.model.") for name in _saved_names(folder)}
     own = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     return {name: (own[name], own[name].detach().clone()) for name in saved & own.keys()}
+
+
+def _saved_names(folder: Path) -> list[str]:
+    if not (folder / WEIGHTS[0]).is_file():
+        return list(torch.load(folder / WEIGHTS[1], map_location="meta", weights_only=True))
+    with safe_open(folder / WEIGHTS[0], framework="pt") as file:
+        return list(file.keys())
 
 
 @contextmanager

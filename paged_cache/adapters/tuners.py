@@ -6,9 +6,7 @@ from typing import Any
 import torch
 
 from ..compat import peft_layer_classes
-
-BASE = "__base__"
-"""peft's name for the model without an adapter."""
+from . import BASE
 
 
 def split(model: torch.nn.Module) -> tuple[list[torch.nn.Module], dict[Any, int]]:

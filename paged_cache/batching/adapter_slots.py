@@ -2,7 +2,11 @@
 
 from collections import Counter
 
+from ..adapters import BASE
 from .request import Request
+
+NO_SLOT = (None, BASE)
+"""What requests may have that need no adapter in a place of its own."""
 
 
 class AdapterSlots:
@@ -19,17 +23,18 @@ class AdapterSlots:
     def has_room(self, request: Request) -> bool:
         """Whether the request may run beside the others."""
         name = request.adapter_name
-        return self.max_loras is None or name is None or name in self._running or len(self._running) < self.max_loras
+        return self.max_loras is None or name in NO_SLOT or name in self._running or len(self._running) < self.max_loras
 
     def take(self, request: Request) -> None:
         """The request runs."""
-        if request.adapter_name is not None:
-            self._running[request.adapter_name] += 1
+        name = request.adapter_name
+        if name is not None and name not in NO_SLOT:
+            self._running[name] += 1
 
     def give_back(self, request: Request) -> None:
         """The request runs no more."""
         name = request.adapter_name
-        if name is not None:
+        if name is not None and name not in NO_SLOT:
             self._running[name] -= 1
             if not self._running[name]:
                 del self._running[name]

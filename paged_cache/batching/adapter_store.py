@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..adapters import BASE
 from ..adapters.folders import FolderLoader, require_folder
-from ..adapters.tuners import BASE, is_invoked, merged, names_in
+from ..adapters.tuners import is_invoked, merged, names_in
+from ..compat import logger
 from ..errors import InvalidRequestError, PagedCacheError
 from ..pool import BlockPool
 from .request import Request
@@ -59,6 +61,8 @@ class AdapterStore:
         found = {name: require_folder(name, path) for name, path in folders.items()}
         with self._lock:
             for name in found:
+                if name in self._dropped:
+                    raise InvalidRequestError(f"adapter {name!r} was dropped, but requests of it are not over yet.")
                 if name in self._folders or name in self._present():
                     raise InvalidRequestError(
                         f"adapter {name!r} is there already: drop it first, or take another name."
@@ -192,6 +196,8 @@ class AdapterStore:
             held = [(tuner, name) for tuner in self._tuners for name in names_in(tuner)]
             self._names = {name for _, name in held}
             self._invoked = {name for tuner, name in held if is_invoked(tuner, name)}
+            if any(module.training for tuner in self._tuners for module in tuner.modules()):
+                logger.warning("adapters are in training mode, so that no prefix is shared: call model.eval()")
         return self._names
 
     def _registered(self) -> list[str]:

@@ -11,7 +11,7 @@ from tests.batching.machine import Machine
 
 NUM_BLOCKS, BLOCK_SIZE, SLOTS, BUDGET = 24, 4, 5, 16
 POLICIES = ["fcfs", "sjf", "sjf-no-aging", "hrrn"]
-ADAPTERS = [None, "a", "b", "c"]
+ADAPTERS = [None, "__base__", "a", "b", "c"]
 PREDICTIONS = {
     "none": lambda true, limit: None,
     "oracle": lambda true, limit: true,
@@ -114,7 +114,7 @@ class Serving(RuleBasedStateMachine):
         assert sorted(map(id, waiting)) == sorted(map(id, scheduler.waiting))
         assert sum(request.num_live for request in running) == scheduler.num_running_seqs <= SLOTS
         assert all(row.num_blocks == 0 for request in waiting for row in request.rows)
-        assert self.max_loras is None or len({r.adapter_name for r in running} - {None}) <= self.max_loras
+        assert self.max_loras is None or len({r.adapter_name for r in running} - {None, "__base__"}) <= self.max_loras
 
     def teardown(self):
         """Everything ends, and the memory is whole."""

@@ -6,7 +6,7 @@ from transformers import Pipeline, TextGenerationPipeline
 
 from paged_cache import BlockPool, InvalidRequestError, Policy
 
-from .pipeline_settings import CALL_OPTIONS, SETTINGS
+from .pipeline_settings import CALL_OPTIONS, REFUSED, SETTINGS
 from .text_generation import PagedTextGenerationPipeline
 
 __all__ = ["PagedTextGenerationPipeline", "paged_pipeline"]
@@ -40,7 +40,7 @@ def paged_pipeline(
         )
     unknown = sorted(settings.keys() - SETTINGS - CALL_OPTIONS)
     if unknown:
-        known = ", ".join(sorted(SETTINGS | CALL_OPTIONS))
+        known = ", ".join(sorted({"pool", "policy", "memory"} | SETTINGS - REFUSED | CALL_OPTIONS))
         raise InvalidRequestError(f"{unknown[0]}={settings[unknown[0]]!r}: no setting; known are {known}.")
     paged = _paged_class(type(pipe)).__new__(_paged_class(type(pipe)))
     vars(paged).update(vars(pipe))

@@ -27,6 +27,8 @@ def _keywords(function: Any) -> set[str]:
 
 SETTINGS = _keywords(ContinuousBatcher.__init__) - {"policy", "tokenizer"}
 """Of the batcher, which the pipeline takes, too."""
+REFUSED = {"max_queue_size"}
+"""Settings that have a reason of their own why they cannot be honoured."""
 REQUEST_OPTIONS = _keywords(ContinuousBatcher.submit) - {"adapter_name"} | {"adapter_names"}
 """Of a request, which a call takes, too: one for all inputs, or a list with one for each."""
 PER_INPUT = REQUEST_OPTIONS | {"max_new_tokens", "streamer"}

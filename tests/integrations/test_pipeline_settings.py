@@ -168,6 +168,18 @@ def test_wrong_settings_are_named(pipe, settings, message):
     assert not is_patched(pipe.model)
 
 
+def test_settings_that_are_listed_are_taken(pipe):
+    """The list of known settings names all that can be given, and none that is refused."""
+    with pytest.raises(InvalidRequestError) as error:
+        paged_pipeline(pipe, no_such=3)
+    listed = str(error.value).split("known are ")[1].rstrip(".").split(", ")
+
+    assert {"pool", "policy", "memory", "max_num_seqs", "read_ahead", "return_errors"} <= set(listed)
+    assert "max_queue_size" not in listed
+    for name in set(listed) - {"policy"}:
+        paged_pipeline(pipe, **{"memory": "2MiB"} | {name: None}).close()
+
+
 def test_pools_of_others_are_refused(pipe):
     """A pool and memory for one contradict each other, and a pool belongs to its model."""
     pool = BlockPool.for_model(pipe.model, num_blocks=8)

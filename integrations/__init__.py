@@ -1,5 +1,6 @@
 """Paged caches in other people's interfaces: pipelines, adapters. Built on the public names of `paged_cache` only."""
 
-from .pipeline import PagedTextGenerationPipeline, paged_pipeline
+from .lora import adapter_folders
+from .pipeline import PagedTextGenerationPipeline, PipelineTimeoutError, paged_pipeline
 
-__all__ = ["PagedTextGenerationPipeline", "paged_pipeline"]
+__all__ = ["PagedTextGenerationPipeline", "PipelineTimeoutError", "adapter_folders", "paged_pipeline"]

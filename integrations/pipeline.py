@@ -7,9 +7,9 @@ from transformers import Pipeline, TextGenerationPipeline
 from paged_cache import BlockPool, InvalidRequestError, Policy
 
 from .pipeline_settings import CALL_OPTIONS, REFUSED, SETTINGS
-from .text_generation import PagedTextGenerationPipeline
+from .text_generation import PagedTextGenerationPipeline, PipelineTimeoutError
 
-__all__ = ["PagedTextGenerationPipeline", "paged_pipeline"]
+__all__ = ["PagedTextGenerationPipeline", "PipelineTimeoutError", "paged_pipeline"]
 
 
 def paged_pipeline(

@@ -29,6 +29,16 @@ from .pipeline_settings import (
 logger = logging.getLogger("paged_cache")
 
 
+class PipelineTimeoutError(PagedCacheError, TimeoutError):
+    """An answer was not complete within the `timeout` of its input.
+
+    Attributes:
+        output: What there is of it: `output.text` and `output.generated_tokens`, without the prompt.
+    """
+
+    output: RequestOutput
+
+
 class PagedTextGenerationPipeline(TextGenerationPipeline):
     """Text generation as usual, over a `ContinuousBatcher`: inputs join and leave the batch at every step.
 
@@ -133,6 +143,7 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         Raises:
             InvalidRequestError, ValueError, TypeError: An option or an input is wrong or cannot be honoured.
             OutOfBlocksError: An input never fits into the pool.
+            PipelineTimeoutError: An answer was not complete within `timeout` seconds.
         """
         _ = self.batcher
         inputs = as_inputs(text_inputs)
@@ -222,14 +233,15 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
             call = GenerateCall.of(self, inputs, forward)
             handle = self.batcher.submit(call.prompt, **options, **call.options)
         where = "" if is_alone else f"input {index}: "
-        return Pending(index, handle, about=(where, call, inputs, forward))
+        return Pending(index, handle, about=(where, call, inputs, forward, options.get("timeout")))
 
     def _finish(self, postprocess: dict[str, Any], pending: Pending) -> Any:
         """The output of one input, or why there is none."""
-        where, call, inputs, forward = pending.about
+        where, call, inputs, forward, timeout = pending.about
         assert pending.handle is not None
         output = pending.handle.result(timeout=0)
         _raise_error(output, where)
+        _raise_if_late(output, timeout, call.option("max_time"), where)
         with self._lock:
             outputs = call.outputs(self, inputs, forward, output)
             return self.postprocess(outputs, **postprocess)  # type: ignore[no-untyped-call]
@@ -243,3 +255,16 @@ def _raise_error(output: RequestOutput, where: str) -> None:
         output.error.args = (f"{where}{output.error}",)
     if output.error is not None:
         raise output.error
+
+
+def _raise_if_late(output: RequestOutput, timeout: float | None, max_time: float | None, where: str) -> None:
+    """`max_time` is an option of `generate`, whose answer is then as long as it has become; `timeout` is ours."""
+    latency = output.metrics.e2e_latency or 0.0
+    if output.finish_reason != "timeout" or timeout is None or (max_time is not None and latency < timeout):
+        return
+    error = PipelineTimeoutError(
+        f"{where}the answer was not complete within timeout={timeout} seconds: {len(output.generated_tokens)} tokens were "
+        "generated, see `output.text` of this error. Allow more time, or None for any."
+    )
+    error.output = output
+    raise error

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 from transformers import TextGenerationPipeline
 
 from paged_cache import InvalidRequestError, OutOfBlocksError, PagedCacheError
-from paged_cache.integrations import paged_pipeline
+from paged_cache.integrations import PipelineTimeoutError, paged_pipeline
 from tests.integrations.pipes import GREEDY, TEXTS, make_pipe, one_by_one
 from tests.models import assert_whole, poisoned_pool
 
@@ -214,6 +215,64 @@ def test_an_error_of_its_own_ends_one_request(paged, expected):
     assert output == paged(TEXTS[3], max_new_tokens=3, do_sample=False)
     with pytest.raises(ArithmeticError, match="three tokens"):
         paged(TEXTS[2], max_new_tokens=12, **options)
+
+
+class Clock:
+    """A second per token that is scored."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def tick(self, input_ids, scores):
+        self.now += 1
+        return scores
+
+
+@pytest.fixture
+def timed(pipe):
+    """A pipeline for one sequence at once, and options by which each token takes a second."""
+    clock = Clock()
+    with paged_pipeline(pipe, memory="2MiB", clock=clock, max_num_seqs=1, policy="fcfs") as paged:
+        yield paged, {**GREEDY, "logits_processor": [clock.tick]}
+
+
+def test_an_answer_that_is_late_is_an_error(timed, expected):
+    """A `timeout` raises, or is the output, in place of an answer that is not complete; what there is of it is there."""
+    paged, options = timed
+    with pytest.raises(
+        TimeoutError, match=r"^the answer was not complete within timeout=2.5 seconds: 3 tokens"
+    ) as error:
+        paged(TEXTS[0], timeout=2.5, **options)
+    assert isinstance(error.value, PagedCacheError)
+    output = pickle.loads(pickle.dumps(error.value)).output
+    assert len(output.generated_tokens) == 3
+    assert output.text
+    assert expected[0][0]["generated_text"].startswith(TEXTS[0] + output.text)
+
+    for inputs in (TEXTS[:3], iter(TEXTS[:3])):
+        first, late, never = paged(inputs, timeout=[None, 16.5, 0.5], return_errors=True, **options)
+        assert first == expected[0]
+        assert isinstance(late, PipelineTimeoutError)
+        assert str(late).startswith("input 1: ")
+        assert 0 < len(late.output.generated_tokens) < 12
+        assert never.output.generated_tokens == []
+        assert never.output.text == ""
+    with pytest.raises(PipelineTimeoutError, match="input 1: "):
+        paged(TEXTS, timeout=[None, 2.5, None, None, None], **options)
+
+
+def test_an_answer_in_time_is_an_answer(timed, expected):
+    """A `timeout` that is not reached changes nothing, and `max_time` cuts the answer, as in `generate`."""
+    paged, options = timed
+
+    assert paged(TEXTS[:2], timeout=100, **options) == expected[:2]
+    for timeout in (None, 100):
+        ((record,),) = paged(TEXTS[:1], timeout=timeout, max_time=1e-9, **options)
+        assert TEXTS[0] < record["generated_text"] < expected[0][0]["generated_text"]
+    with pytest.raises(PipelineTimeoutError):
+        paged(TEXTS[0], timeout=0.5, max_time=1e-9, **options)
 
 
 def test_wrong_options_raise_before_any_work(paged):

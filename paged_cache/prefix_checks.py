@@ -1,5 +1,7 @@
-"""Whether a file of prefixes fits a model and its pool."""
+"""Whether a file of prefixes can be written or read, and fits a model and its pool."""
 
+import os
+import stat
 from collections.abc import Container, Hashable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,40 @@ from .prefix_file import PrefixFile, Root
 
 States = dict[str | None, tuple[Hashable, tuple[str, ...], str]]
 """Per adapter name (None: whatever is active) the key of the weights, the adapters that count and what names their content."""
+
+
+def check_target(path: Path) -> None:
+    """Raises `InvalidRequestError` unless a file can be written there."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise InvalidRequestError(f"{path} is a folder: name a file in it, such as {path / 'prefixes.safetensors'}.")
+    if mode is not None and not stat.S_ISREG(mode):
+        raise InvalidRequestError(f"{path} is no regular file but a device, a FIFO or a socket: name a file.")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise InvalidRequestError(f"there is no folder {folder} for {path.name}: make it first.")
+    if not _may_write(folder) or (mode is not None and not _may_write(path)):
+        what = path if _may_write(folder) else f"its folder {folder}"
+        raise InvalidRequestError(f"{path} cannot be written: Permission denied for {what}.")
+
+
+def check_source(path: Path) -> None:
+    """Raises `InvalidRequestError` unless there is a file that can be read."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a device, a FIFO or a socket"
+            raise InvalidRequestError(f"{path} is {kind}: name a file that pool.save_prefixes wrote.")
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise InvalidRequestError(f"there is no file {path}.") from None
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def check_pool(path: Path, file: PrefixFile, storage: KVStorage, confirmed: Container[int]) -> None:
@@ -81,6 +117,10 @@ def keys_of_roots(
 def dtype_name(dtype: torch.dtype) -> str:
     """Without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _expected(storage: KVStorage, spec: LayerSpec, count: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

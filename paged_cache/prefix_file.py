@@ -9,8 +9,10 @@ that window; `layers.<i>.keys` and `.values` `[num_held, block_size, heads, dim]
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,36 +111,43 @@ def can_name(salt: Hashable) -> bool:
         return False
 
 
-def check_target(path: Path) -> None:
-    """Raises `InvalidRequestError` unless a file can be written there."""
-    if path.is_dir():
-        raise InvalidRequestError(f"{path} is a folder: name a file in it, such as {path / 'prefixes.safetensors'}.")
-    if not path.parent.is_dir():
-        raise InvalidRequestError(f"there is no folder {path.parent} for {path.name}: make it first.")
-
-
 def write(path: Path, file: PrefixFile) -> None:
-    """Writes a file beside `path` and gives it that name when it is complete. The same content gives the same bytes."""
+    """Writes a file beside `path` and gives it that name when it is complete. The same content gives the same bytes.
+
+    A link stays one: what it points to is replaced. The mode is that of the file before, else what the umask leaves.
+
+    Raises:
+        OSError: It cannot be written, with the path and the reason; what was there is as it was.
+    """
     tensors = _tensors(file)
     header = {"format": FORMAT, "versions": _versions(), "description": _as_json(file.description)}
     text = json.dumps({**header, "digest": _digest(header, tensors)}, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch(
+            exist_ok=False
+        )  # its mode is what the umask leaves, which nothing else tells without changing it
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         save_file(tensors, temporary, metadata={_METADATA: text})
+        temporary.chmod(mode)
         _sync(temporary)
-        temporary.replace(path)
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read(path: Path) -> PrefixFile:
     """Reads a file and checks it from its first to its last byte; tensors may lie in a mapping of it.
 
     Raises:
-        InvalidRequestError: There is none, it is of another kind or version, or damaged.
+        InvalidRequestError: It is of another kind or version, or damaged.
     """
-    if not path.is_file():
-        raise InvalidRequestError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="pt") as opened:
             text = (opened.metadata() or {}).get(_METADATA)

@@ -19,8 +19,17 @@ from .memory.layout import LayerSpec
 from .memory.manager import BlockManager
 from .memory.prefix import PrefixNode
 from .memory.storage import KVStorage
-from .prefix_checks import States, check_kind, check_pool, check_weights, dtype_name, keys_of_roots
-from .prefix_file import Description, PrefixFile, Root, can_name, check_target, read, write
+from .prefix_checks import (
+    States,
+    check_kind,
+    check_pool,
+    check_source,
+    check_target,
+    check_weights,
+    dtype_name,
+    keys_of_roots,
+)
+from .prefix_file import Description, PrefixFile, Root, can_name, read, write
 from .weights import WeightsVersion
 
 
@@ -38,7 +47,7 @@ class SavesPrefixes:
         """Writes the prefixes that the pool holds for the model as it is now to a safetensors file: docs/prefix_files.md.
 
         Args:
-            path: The file; one of that name is replaced when the new one is complete.
+            path: The file; one of that name is replaced when the new one is complete, and keeps its mode.
             adapter_name: Only the prefixes of this adapter, "__base__" for the model without any; None for all.
 
         Returns:
@@ -46,6 +55,7 @@ class SavesPrefixes:
 
         Raises:
             InvalidRequestError: The path or the adapter is wrong, or it cannot be told what the prefixes depend on.
+            OSError: The file cannot be written; what had its name is as it was.
         """
         path = Path(path)
         check_target(path)
@@ -74,10 +84,11 @@ class SavesPrefixes:
             Tokens loaded; those that the pool holds already do not count.
 
         Raises:
-            InvalidRequestError: There is no such file, it is damaged, or of another model, adapter, dtype, block size or
+            InvalidRequestError: There is no such file that can be read, it is damaged, or of another model, adapter, dtype, block size or
                 version. Nothing was changed.
         """
         path = Path(path)
+        check_source(path)
         states = self._states(adapter_name)
         file = read(path)
         check_kind(path, file, self._inner)

@@ -6,9 +6,12 @@ import functools
 import gc
 import json
 import logging
+import os
 import random
+import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
@@ -331,7 +334,7 @@ def test_paths_that_are_wrong(llama_file, tmp_path):
     """No file, a folder, a missing folder, a file of another kind: named, before anything is done."""
     pool = poisoned_pool(model("llama"), 50)
     assert_refused(pool, tmp_path / "none", "there is no file", "none")
-    assert_refused(pool, tmp_path, "there is no file")
+    assert_refused(pool, tmp_path, f"{tmp_path} is a folder")
     (tmp_path / "text").write_text("{}")
     assert_refused(pool, tmp_path / "text", "no safetensors file")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign")
@@ -339,6 +342,113 @@ def test_paths_that_are_wrong(llama_file, tmp_path):
     for target, part in ((tmp_path, "is a folder"), (tmp_path / "no" / "file", "no folder")):
         with pytest.raises(InvalidRequestError, match=part):
             pool.save_prefixes(target)
+
+
+@pytest.fixture
+def unprivileged():
+    """An empty folder, seen as a user whom permissions concern."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        if is_root:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            Path(folder).chmod(0o700)
+
+
+def test_permissions(unprivileged):
+    """What may not be read or written is named as it was given, with the reason, and nothing is left beside it."""
+    pool = poisoned_pool(model("llama"), 50)
+    path = unprivileged / "file"
+    pool.save_prefixes(path)
+    whole = path.read_bytes()
+    path.chmod(0o400)
+    with pytest.raises(InvalidRequestError, match=f"{path} cannot be written: Permission denied for {path}"):
+        pool.save_prefixes(path)
+    path.chmod(0)
+    assert_refused(pool, path, f"{path} cannot be read: Permission denied")
+    path.chmod(0o600)
+    unprivileged.chmod(0o500)
+    for target in (path, unprivileged / "new"):
+        with pytest.raises(InvalidRequestError, match=f"{target} cannot be written: Permission denied for its folder"):
+            pool.save_prefixes(target)
+    assert [(entry, entry.read_bytes()) for entry in unprivileged.iterdir()] == [(path, whole)]
+    unprivileged.chmod(0)
+    assert_refused(pool, path, f"{path} cannot be read: Permission denied")
+    with pytest.raises(InvalidRequestError, match=f"{path} cannot be written: Permission denied"):
+        pool.save_prefixes(path)
+
+
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [
+        ("_sync", OSError(28, "No space left on device", "/other")),
+        ("save_file", SafetensorError("I/O error: No space left on device")),
+    ],
+    ids=["errno", "safetensors"],
+)
+def test_a_failure_names_the_path(failing, error, path, monkeypatch):
+    """Whatever fails while a file is written: an OSError with the path that was asked for and the reason."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(prefix_file, failing, fail)
+    with pytest.raises(OSError, match="No space left") as failure:
+        poisoned_pool(model("llama"), 50).save_prefixes(path)
+    assert str(path) in str(failure.value)
+    assert "/other" not in str(failure.value)
+    assert failure.value.errno == getattr(error, "errno", None)
+    assert not list(path.parent.iterdir())
+
+
+def test_a_link_is_written_through(path):
+    """A symbolic link stays one, and what it points to gets the file, whether it was there or not."""
+    pool = poisoned_pool(model("llama"), 50)
+    (path.parent / "there").mkdir()
+    target = path.parent / "there" / "target"
+    path.symlink_to(Path("there") / "target")
+    for _ in range(2):
+        pool.save_prefixes(path)
+        assert path.is_symlink()
+        assert not target.is_symlink()
+        assert pool.load_prefixes(path) == 0
+    assert list(target.parent.iterdir()) == [target]
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(InvalidRequestError, match="Too many levels of symbolic links"):
+        pool.save_prefixes(path)
+
+
+def test_what_is_no_file_stays(path, monkeypatch):
+    """FIFOs and devices are neither replaced nor opened, which could wait for ever, and this is said before any work."""
+    pool = poisoned_pool(model("llama"), 50)
+    os.mkfifo(path)
+    monkeypatch.setattr(type(pool), "_states", None)
+    for target in (path, Path("/dev/null")):
+        with pytest.raises(InvalidRequestError, match=f"{target} is no regular file"):
+            pool.save_prefixes(target)
+        with pytest.raises(InvalidRequestError, match=f"{target} is a device, a FIFO or a socket"):
+            pool.load_prefixes(target)
+    assert path.is_fifo()
+
+
+def test_modes(path):
+    """A new file has the mode that `open` would give it, one that was there keeps its own."""
+    pool = poisoned_pool(model("llama"), 50)
+    before = os.umask(0o027)
+    try:
+        pool.save_prefixes(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o604)
+    pool.save_prefixes(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
 
 
 def rewritten(source, target, change):

@@ -59,6 +59,7 @@ class PagedIterator(PipelineIterator):
         inputs: Anything with a length and items, or an iterable.
         begin: Called with an index and an input: hands a request in.
         finish: Called with a `Pending` that is done: returns its output or raises.
+        end: Called with the number of inputs when there are no more, where that is not known before: raises what is wrong.
         max_unfinished: Requests under way at most.
         read_ahead: Inputs read and not taken at most; None for any number.
         is_eager: Whether somebody waits for all outputs: the first error gives up the rest.
@@ -71,6 +72,7 @@ class PagedIterator(PipelineIterator):
         inputs: Any,
         begin: Callable[[int, Any], Pending],
         finish: Callable[[Pending], Any],
+        end: Callable[[int], None],
         *,
         max_unfinished: int,
         read_ahead: int | None,
@@ -79,7 +81,8 @@ class PagedIterator(PipelineIterator):
         progress_bar: bool,
     ) -> None:
         super().__init__(inputs, finish, {})  # type: ignore[no-untyped-call]
-        self._begin, self._max_unfinished, self._read_ahead = begin, max_unfinished, read_ahead
+        self._begin, self._end = begin, end
+        self._max_unfinished, self._read_ahead = max_unfinished, read_ahead
         self._is_eager, self._returns_errors, self._shows_bar = is_eager, returns_errors, progress_bar
         self._readers: Iterator[tuple[int, Callable[[], Any]]] | None = None
         self._pending: deque[Pending] = deque()
@@ -168,9 +171,13 @@ class PagedIterator(PipelineIterator):
             return self._begin(index, reader())
         except StopIteration:
             self._readers = iter(())
-            return None
         except Exception as error:  # noqa: BLE001 (whatever it is, it comes when it is this input's turn)
             return Pending(index, error=error)
+        try:
+            self._end(index)
+        except Exception as error:  # noqa: BLE001 (behind the last output)
+            return Pending(index, error=error)
+        return None
 
 
 def _cancel(pending: deque[Pending], wait: bool = True) -> None:

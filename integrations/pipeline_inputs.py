@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sized
 from types import GeneratorType
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
@@ -31,7 +32,15 @@ def as_inputs(inputs: Any) -> Any:
         return list(inputs)
     if isinstance(inputs, Iterator):
         return (item for item in inputs)
+    if _has_numbers(inputs):
+        return inputs  # one input, which `require_readable` names
     return _Items(inputs) if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__") else inputs
+
+
+def _has_numbers(inputs: Any) -> bool:
+    """Whether the items are no texts: bytes, tensors, arrays of numbers."""
+    kind = getattr(getattr(inputs, "dtype", None), "kind", "O")  # numpy's; texts are of kind O, T or U
+    return isinstance(inputs, (bytes, bytearray, memoryview, torch.Tensor)) or kind in "?biufcS"
 
 
 def as_chat(item: Any) -> Any:
@@ -91,6 +100,12 @@ def require_one_each(options: Mapping[str, Any], number: int | None) -> None:
         raise InvalidRequestError(
             f"streamer is one for {'many' if number is None else number} inputs: a list with one for each is needed."
         )
+
+
+def require_none_left(options: Mapping[str, Any], number: int) -> None:
+    """Raises `InvalidRequestError` for an option with more entries than there were inputs."""
+    too_long = {name: value for name, value in options.items() if isinstance(value, list) and len(value) > number}
+    require_one_each(too_long, number)
 
 
 def of_input(index: int, name: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ from paged_cache import BlockPool, ContinuousBatcher, InvalidRequestError, Paged
 
 from .generate_call import GenerateCall
 from .paged_iterator import PagedIterator, Pending
-from .pipeline_inputs import as_chat, as_inputs, count, of_input, require_one_each, require_readable
+from .pipeline_inputs import as_chat, as_inputs, count, of_input, require_none_left, require_one_each, require_readable
 from .pipeline_settings import (
     CALL_OPTIONS,
     PER_INPUT,
@@ -147,7 +147,8 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         """
         _ = self.batcher
         inputs = as_inputs(text_inputs)
-        if inputs == []:
+        if isinstance(inputs, list) and not inputs:
+            require_none_left({name: kwargs[name] for name in PER_INPUT & kwargs.keys()}, 0)
             return []
         return super().__call__(inputs, **kwargs)
 
@@ -203,11 +204,13 @@ class PagedTextGenerationPipeline(TextGenerationPipeline):
         for item in inputs if is_eager and not own.get("return_errors") else ():
             self._require_readable(item, preprocess)
         forward = {name: value for name, value in forward.items() if name not in CALL_OPTIONS}
-        require_one_each({name: forward[name] for name in PER_INPUT & forward.keys()}, count(inputs))
+        per_input = {name: forward[name] for name in PER_INPUT & forward.keys()}
+        require_one_each(per_input, count(inputs))
         return PagedIterator(
             inputs,
             partial(self._begin, preprocess, forward, is_eager and len(inputs) == 1),
             partial(self._finish, postprocess),
+            partial(require_none_left, per_input),
             max_unfinished=UNFINISHED_PER_SEQ * self._max_num_seqs,
             read_ahead=read_ahead_of(own.get("read_ahead"), is_eager, self._max_num_seqs),
             is_eager=is_eager,

@@ -1,5 +1,6 @@
 """A paged pipeline gives what the unwrapped one gives, one input by one: same inputs, same options, same outputs."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -246,6 +247,7 @@ def inputs_of(form, texts):
         "key dataset of a list": lambda: KeyDataset([{"text": text} for text in texts], "text"),
         "iterable dataset": lambda: Stream(texts),
         "sequence": lambda: Column(texts),
+        "array": lambda: np.array(texts),
     }[form]()
 
 
@@ -273,7 +275,7 @@ class Column:
 
 
 @pytest.mark.parametrize(
-    "form", ["generator", "iterator", "key dataset", "key dataset of a list", "iterable dataset", "sequence"]
+    "form", ["generator", "iterator", "key dataset", "key dataset of a list", "iterable dataset", "sequence", "array"]
 )
 def test_streams_of_texts(wrap, pipe, form):
     """Generators, iterators and datasets of texts give an iterator over the outputs, in order."""

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -229,6 +230,10 @@ IMAGE = {"type": "image", "url": "cat.png"}
         ({"text": "for", "images": []}, "the input is dict: .*KeyDataset"),
         ([TEXTS[0], torch.zeros(3)], "the input is Tensor"),
         ([["for", "while"]], "the input is list"),
+        (b"for", "the input is bytes: b'for'"),
+        (bytearray(b"for"), "the input is bytearray"),
+        (torch.tensor([[1, 2]]), r"the input is Tensor: tensor\(\[\[1, 2\]\]\)"),
+        (np.arange(3), "the input is ndarray: "),
     ],
 )
 def test_inputs_that_cannot_be_read_are_named(pipe, inputs, message):

@@ -315,6 +315,24 @@ def test_a_stream_with_too_few_seeds(paged, expected):
         next(outputs)
 
 
+def test_a_stream_with_too_many_seeds(paged, expected):
+    """What a list has left when a stream ends is an error behind the last output, and then there is no more."""
+    for options in ({"seed": [1, 2, 3, 4]}, {"max_new_tokens": [12] * 7}, {"timeout": [60] * 4, "read_ahead": 1}):
+        ((name, values), *_) = options.items()
+        outputs = paged((text for text in TEXTS[:3]), **GREEDY | options)
+        assert [next(outputs) for _ in range(3)] == expected[:3]
+        with pytest.raises(InvalidRequestError, match=f"{name} has {len(values)} entries for 3 inputs"):
+            next(outputs)
+        with pytest.raises(StopIteration):
+            next(outputs)
+    *found, error = paged(iter(TEXTS[:3]), seed=[1, 2, 3, 4], return_errors=True, **GREEDY)
+    assert found == expected[:3]
+    assert isinstance(error, InvalidRequestError)
+    assert list(paged(iter(TEXTS[:3]), seed=[1, 2, 3], **GREEDY)) == expected[:3]
+    with pytest.raises(InvalidRequestError, match="seed has 2 entries for 0 inputs"):
+        paged([], seed=[1, 2], **GREEDY)
+
+
 def test_ctrl_c_gives_everything_back(paged, monkeypatch):
     """An interrupt while outputs are waited for ends the requests of that call."""
     outputs = paged((text for text in Counted()), **GREEDY)

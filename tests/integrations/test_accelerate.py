@@ -220,17 +220,11 @@ def test_tied_weights(tmp_path):
 
 def test_from_pretrained_with_a_device_map(tmp_path):
     """A checkpoint loaded with layers on disk works as any model does."""
-    model("llama").save_pretrained(tmp_path / "model")
-    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    others = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-    of = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=layers | others, offload_folder=tmp_path / "weights"
-    ).eval()
+    of = from_disk(tmp_path)
     pool = poisoned_pool(of)
 
     with paged_cache.patch(of):
         assert generate(of, pool) == expected("llama")
-    assert any(x.is_meta for x in of.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -247,15 +241,33 @@ def adapter(tmp_path_factory):
     return folder, tokens
 
 
-@pytest.mark.parametrize("order", ["adapter first", "layers first"])
+def from_disk(folder):
+    """The model of a checkpoint whose second layer stays on disk."""
+    model("llama").save_pretrained(folder / "model")
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    others = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    of = AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=layers | others, offload_folder=folder / "weights"
+    )
+    assert any(x.is_meta for x in of.parameters())
+    return of.eval()
+
+
+@pytest.mark.parametrize("order", ["adapter first", "layers first", "loaded first"])
 def test_adapters(order, adapter, tmp_path):
     """A LoRA adapter on an offloaded model is offloaded with it, and computes its own tokens and prefixes."""
     folder, tokens = adapter
     if order == "adapter first":
         tuned = accelerate.cpu_offload(peft.PeftModel.from_pretrained(copy.deepcopy(model("llama")), folder).eval())
-    else:
+    elif order == "layers first":
         of = offloaded(model("llama"), "cpu and disk by layer", tmp_path)
         tuned = peft.PeftModel.from_pretrained(of, folder, offload_dir=str(tmp_path / "tuned")).eval()
+    else:
+        of = from_disk(tmp_path)
+        places = {f"base_model.model.{part}": place for part, place in of.hf_device_map.items()}
+        more = {"device_map": places, "offload_dir": str(tmp_path / "tuned")}
+        tuned = peft.PeftModel.from_pretrained(of, folder, **more).eval()
+    assert any(x.is_meta for x in tuned.parameters()) == (order != "layers first")  # peft brings them back into memory
     pool = poisoned_pool(tuned)
 
     with paged_cache.patch(tuned):

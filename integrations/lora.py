@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import InvalidRequestError
+from paged_cache import InvalidRequestError
 
 CONFIG = "adapter_config.json"
 

@@ -35,7 +35,6 @@ NAME = "paged_cache"
 
 _patches: "weakref.WeakKeyDictionary[torch.nn.Module, _Patch]" = weakref.WeakKeyDictionary()
 
-
 _holders: "weakref.WeakKeyDictionary[torch.nn.Module, set[object]]" = weakref.WeakKeyDictionary()
 """By model: who needs the patch. It is there while there is one; `patch` and `unpatch` speak for `_USER`."""
 
@@ -195,7 +194,8 @@ class _Before:
         cache = find_cache(inputs)
         if cache is None:
             return None
-        return (), begin_forward(model, cache, inputs, self.lazy)
+        with cache._state.holding(model):
+            return (), begin_forward(model, cache, inputs, self.lazy)
 
 
 @not_traced
@@ -204,7 +204,10 @@ def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     cache = find_cache(kwargs)
     if cache is not None:
         state = cache._state
-        state.abort() if output is None else state.finish()
+        try:
+            state.abort() if output is None else state.finish()
+        finally:
+            state.let_go()
 
 
 _guards: set[Any] = set()

@@ -290,8 +290,7 @@ class BlockPool(SavesPrefixes):
                     "BlockPool.for_model."
                 )
             self.storage.relayout(layout.with_spec(layer, spec))
-            with self.manager.lock:
-                self.manager.host.clear()
+            self.manager.clear_prefix_cache()
             logger.info("layer %d has %s, not %s: %s", layer, spec, known, self.describe())
         self._confirmed.add(layer)
 

@@ -1,11 +1,14 @@
 """The rows of one cache and the forward that is under way."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from .compat import logger
+from .adapters.exclusive import lock_of
+from .compat import logger, peft_layer_classes
 from .errors import InvalidRequestError, PagedCacheError
 from .memory.growth import Growth
 from .memory.sequence import Sequence
@@ -56,11 +59,31 @@ class PagedState:
         self.is_patched = False
         self.can_announce = True
         self._is_hooked = False
+        self._turn: Any = None
         self._tables = [TableTensor() for _ in pool.storage.layout.windows]
 
     def __del__(self) -> None:
         if self.rows:
             self.pool.manager.abandon(self.rows)
+
+    @contextmanager
+    def holding(self, model: torch.nn.Module) -> Iterator[None]:
+        """From here until `let_go` no other thread computes with other adapters of the model."""
+        if peft_layer_classes():
+            turn = lock_of(model)
+            turn.acquire()
+            self._turn = turn
+        try:
+            yield
+        except BaseException:
+            self.let_go()
+            raise
+
+    def let_go(self) -> None:
+        """See `holding`; once is enough."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.release()
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """K and V of a layer that the next token can see, gathered: `[batch, heads, length, dim]`."""

@@ -2,23 +2,16 @@
 
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .adapters import BASE
 from .adapters import tuners as peft_layers
+from .adapters.exclusive import lock_of
+from .adapters.glance import Glance
+from .bits import samples, sums
 from .compat import offloaded_weights, peft_layer_classes
-
-_SAMPLES = 64
-"""Elements looked at per base weight beside adapters: merging and unmerging changes almost all of them."""
-
-_MIXER = 0x1E3779B97F4A7C15
-"""An odd number whose multiples, modulo 2**64, are spread evenly."""
-
-_CHUNK = 2**18
-"""Elements that are summed up at once."""
 
 
 class WeightsVersion:
@@ -31,17 +24,20 @@ class WeightsVersion:
     `invalidate`.
 
     Attributes:
+        lock: Held by who computes with the model, looks at its adapters, or loads some: others are not to see which are active
+            meanwhile.
         tuners: peft's layers in the model when `light_key` was asked last; another list if any module or adapter came or went.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model = weakref.ref(model)
+        self._model, self.lock = weakref.ref(model), lock_of(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
         self._sampled: tuple[int, tuple[int, ...]] = (-1, ())
         self._tree: Hashable = None
         self._generation = 0
         self._keyed: list[Any] = []
         self.tuners: list[Any] = []
+        self._glance = Glance([])
 
     def invalidate(self) -> None:
         """From now on the weights count as other ones."""
@@ -77,8 +73,13 @@ class WeightsVersion:
         if tree != self._tree:
             tuners = list(peft_layers.split(model)[1])
             self._keyed = [keyed for tuner in tuners for keyed in peft_layers.parameters_by_name(tuner)]
+            self._glance = Glance(tuners)
             self._tree, self.tuners = (tree[0], tuple(map(tuple, self._keyed))), tuners
         return model.training, self._tree, tuple(map(peft_layers.light_key, self.tuners))
+
+    def glance(self, adapter_name: str | None) -> Hashable:
+        """What `light_key` does not see: whether an adapter's weights are what they were. Quick, and not for good; see `Glance`."""
+        return self._glance.at(adapter_name)
 
     def _count(self, parts: list[Any], tensors: list[torch.Tensor], version: int) -> None:
         """A new generation if the parts are other ones, or if peft wrote to them past the counters, as merging does."""
@@ -88,7 +89,7 @@ class WeightsVersion:
         )
         if is_same and not peft_layer_classes():
             return
-        sampled = version, _samples(tensors)
+        sampled = version, samples(tensors)
         if not is_same or (sampled[0] == self._sampled[0] and sampled[1] != self._sampled[1]):
             self._generation += 1
         self._sampled = sampled
@@ -109,7 +110,10 @@ class Weights:
         return self._keys[adapter_name]
 
     def _adapters(self, adapter_name: str | None) -> Hashable:
-        """By layer the adapters that count, their numbers, and sums over the bits of their tensors; () for the base model."""
+        """By layer what the adapters that count are, whatever they are called: numbers, and sums over the bits of their tensors.
+
+        () for the base model.
+        """
         layers: list[Hashable] = []
         tensors: list[torch.Tensor] = []
         is_known = adapter_name is None or adapter_name == BASE
@@ -119,10 +123,10 @@ class Weights:
             if names or tuner.merged_adapters:
                 parts = [part for name in names for part in peft_layers.content(tuner, name)]
                 tensors += [value for _, value in parts if isinstance(value, torch.Tensor)]
-                layers.append((place, names, tuple(tuner.merged_adapters), tuple(map(_describe, parts))))
+                layers.append((place, len(names), tuple(tuner.merged_adapters), tuple(map(_describe, parts))))
         if not is_known or any(tensor.is_meta for tensor in tensors):
             return object()  # not in the model, or offloaded, so that changes cannot be seen: nothing is shared
-        return (tuple(layers), _sums(tensors)) if layers else ()
+        return (tuple(layers), sums(tensors)) if layers else ()
 
 
 def _describe(part: tuple[str, Any]) -> Hashable:
@@ -162,33 +166,3 @@ def _tree(model: torch.nn.Module) -> tuple[int, ...]:
             parents.add(id(module))
             found += module._modules.values()
     return tuple(map(id, found))
-
-
-def _samples(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Of each tensor a sum over the bits of some elements."""
-    flats = (tensor.detach().reshape(-1) for tensor in tensors if not tensor.is_meta)
-    return _sums([flat[:: max(flat.numel() // _SAMPLES, 1)] for flat in flats])
-
-
-def _sums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Of each tensor a sum over all of its bits."""
-    sums = [_bits(tensor.detach()) for tensor in tensors]
-    devices = {x.device for x in sums}
-    if len(devices) > 1:
-        sums = [x.cpu() for x in sums]
-    return tuple(torch.stack(sums).tolist()) if sums else ()
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over the elements' bits, each with an odd weight of its own, modulo 2**64: any one change shows."""
-    flat = tensor.reshape(-1).contiguous().view(torch.uint8)
-    words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
-    odds, total = _odds(tensor.device), torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for i, chunk in enumerate(words.split(_CHUNK)):
-        total += (chunk.to(torch.int64) * odds[: chunk.numel()]).sum() * (2 * i + 1)
-    return total
-
-
-@lru_cache(maxsize=8)
-def _odds(device: torch.device) -> torch.Tensor:
-    return torch.arange(_CHUNK, device=device) * (2 * _MIXER) + 1

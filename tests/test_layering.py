@@ -35,6 +35,7 @@ FLOORS = {
     "paged_cache.prompt": 2,
     "paged_cache.reuse": 2,
     "paged_cache.saved_prefixes": 2,
+    "paged_cache.bits": 1,
     "paged_cache.sizes": 1,
     "paged_cache.state": 2,
     "paged_cache.step": 2,

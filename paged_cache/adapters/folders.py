@@ -1,6 +1,7 @@
 """Adapters from folders that peft's `save_pretrained` wrote."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..compat import base_model, logger, peft_layer_classes
+from ..compat import base_model, peft_layer_classes
 from ..errors import InvalidRequestError
 from . import BASE
 from .activation import STATE
 from .tuners import names_in, split
 from .wrapping import Wrapping
+
+_loaders: "weakref.WeakValueDictionary[int, FolderLoader]" = weakref.WeakValueDictionary()
+"""By the id of a model, which each of them keeps alive."""
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,6 +67,28 @@ class FolderLoader:
         self._is_own = self._peft is None
         self._wrapping = Wrapping(self._model)
 
+    @classmethod
+    def of(cls, model: torch.nn.Module, device: torch.device) -> "FolderLoader":
+        """The one of a model, whoever else loads adapters into it."""
+        inner = base_model(model)
+        known = _loaders.get(id(inner))
+        if known is None or (known._peft is None and getattr(model, "_orig_mod", model) is not inner):
+            known = _loaders[id(inner)] = cls(model, device)
+        return known
+
+    def require_weights(self) -> None:
+        """Looks whether adapters can be loaded beside the model's weights.
+
+        Raises:
+            InvalidRequestError: They are offloaded, so that peft would leave those of adapters empty.
+        """
+        name = next((name for name, parameter in self._model.named_parameters() if parameter.is_meta), None)
+        if name is not None:
+            raise InvalidRequestError(
+                f"adapters cannot be loaded from folders into a model whose weights are offloaded, such as {name}: load them "
+                "with peft before accelerate offloads the model."
+            )
+
     def load(self, name: str, folder: Path) -> None:
         """Loads an adapter, which is not made active.
 
@@ -78,10 +104,11 @@ class FolderLoader:
                     self._add(name, folder)
         finally:
             self._wrapping.clear()
-        logger.info("adapter %s loaded from %s", name, folder)
 
     def unload(self, name: str) -> None:
-        """Takes an adapter out."""
+        """Takes an adapter out, if it is there."""
+        if self._peft is None or name not in self._peft.peft_config:
+            return
         if self._is_own and list(self._peft.peft_config) == [name]:
             self._peft.unload()
             self._peft = None
@@ -91,7 +118,6 @@ class FolderLoader:
                 if self._is_own:  # beside none that is active peft adds no other one
                     self._peft.set_adapter(next(iter(self._peft.peft_config)))
             self._wrapping.clear()
-        logger.info("adapter %s unloaded", name)
 
     def _wrap(self, name: str, folder: Path) -> None:
         from peft import PeftConfig, get_peft_model

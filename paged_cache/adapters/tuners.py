@@ -8,6 +8,9 @@ import torch
 from ..compat import peft_layer_classes
 from . import BASE
 
+_OF_MIXING = {"adapter_names", "alora_offsets"}
+"""What peft's hooks tell its layers about the rows of a batch."""
+
 
 def split(model: torch.nn.Module) -> tuple[list[torch.nn.Module], dict[Any, int]]:
     """The model's own modules, and peft's layers around some of them; what belongs to one adapter is in neither.
@@ -74,6 +77,18 @@ def content(tuner: Any, adapter_name: str) -> Iterator[tuple[str, Any]]:
     yield "variant", None if variant is None else type(variant).__qualname__
 
 
+def parts_of(tuner: Any, adapter_name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a layer has the tensors of an adapter: in which dictionary, under which key."""
+    for _, container in _containers(tuner, tuner.adapter_layer_names):
+        if adapter_name not in container:
+            continue
+        if isinstance(container, torch.nn.ModuleDict):
+            for module in container[adapter_name].modules():
+                yield from ((module._parameters, key) for key in module._parameters)
+        elif isinstance(container, torch.nn.Module):
+            yield (container._parameters if adapter_name in container._parameters else container._buffers), adapter_name
+
+
 def is_invoked(tuner: Any, adapter_name: str) -> bool:
     """Whether tokens of the prompt switch an adapter on (aLoRA); without being told where, peft computes the base model."""
     variant = vars(tuner).get("lora_variant", {}).get(adapter_name)
@@ -87,7 +102,8 @@ def merged(tuners: Iterable[Any]) -> tuple[str, ...]:
 
 def is_mixing(tuners: Iterable[Any]) -> bool:
     """Whether peft itself mixes adapters in the batch that runs now."""
-    return any(tuner._forward_pre_hooks for tuner in tuners)
+    hooks = (hook for tuner in tuners for hook in tuner._forward_pre_hooks.values())
+    return any(not _OF_MIXING.isdisjoint(getattr(hook, "keywords", ())) for hook in hooks)
 
 
 def light_key(tuner: Any) -> Hashable:

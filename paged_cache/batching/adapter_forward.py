@@ -32,24 +32,25 @@ class AdapterForward:
     """
 
     def __init__(self, forward: Forward, direct: Forward, pool: BlockPool) -> None:
-        self.inner, self._direct, self._pool = forward, direct, pool
+        assert pool.weights is not None
+        self.inner, self._direct, self._weights = forward, direct, pool.weights
         self.name, self.whole_prompts = forward.name, forward.whole_prompts
         self.num_grouped = self.num_separate = 0
         self._tuners: list[object] = []
         self._grouped = GroupedLora([])
 
     def __call__(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Computes the chunks' tokens; see `PackedForward`.
+        """Computes the chunks' tokens, in the order that `by_adapter` gives; see `PackedForward`.
 
         If one of several forwards fails, `num_computed` of the rows in those before it is what it would be.
         """
-        if all(chunk.request.adapter_name is None for chunk in chunks):
-            return self.inner(chunks)
-        weights = self._pool.weights
-        tuners = weights.tuners if weights is not None else []
-        if tuners is not self._tuners:
-            self._tuners, self._grouped = tuners, GroupedLora(tuners)
-        return self._compute(chunks)
+        with self._weights.lock:
+            if all(chunk.request.adapter_name is None for chunk in chunks):
+                return self.inner(chunks)
+            tuners = self._weights.tuners
+            if tuners is not self._tuners:
+                self._tuners, self._grouped = tuners, GroupedLora(tuners)
+            return self._compute(chunks)
 
     def settle(self) -> None:
         """Rows have all that is theirs."""
@@ -61,7 +62,7 @@ class AdapterForward:
         ready = [i for part in parts for i in part if _is_ready(chunks[i])]
         logits = [self._run([chunks[i] for i in part]) for part in parts]
         found = [x for x in logits if len(x)]
-        if len(found) < 2 and ready == sorted(ready):
+        if len(found) < 2:  # in the order of the chunks, since those of one adapter are neighbours
             return found[0] if found else logits[0]
         return torch.cat(found)[sorted(range(len(ready)), key=ready.__getitem__)]
 

@@ -133,6 +133,8 @@ class ContinuousBatcher:
         """
         options = {"generation_config": generation_config, **generate_kwargs}
         if adapter_names is not None:
+            if options.pop("adapter_name", None) is not None:
+                raise InvalidRequestError("adapter_names and adapter_name are given: leave the latter out.")
             options["adapter_names"] = adapter_names
         handles = self.submit_all(prompts, attention_mask=attention_mask, **options)
         with Progress(len(handles), progress_bar, self.stats) as progress, cancelling(handles):
@@ -233,7 +235,7 @@ class ContinuousBatcher:
             InvalidRequestError: No adapter of this name was registered.
         """
         self._adapters.drop(name)
-        self._loop.do(lambda: self._adapters.sweep([*self._engine.requests.values(), *self._loop.pending.values()]))
+        self._loop.do(self._adapters.sweep)
 
     def start(self) -> "ContinuousBatcher":
         """From now on a thread of the batcher does the work, until `close`."""
@@ -243,9 +245,11 @@ class ContinuousBatcher:
 
     def close(self) -> None:
         """Ends what is not over with finish reason "abort", gives all blocks back, and leaves the model as it was."""
-        self._loop.stop()
-        self._adapters.close()
-        self._unpatch()
+        try:
+            self._loop.stop()
+            self._adapters.close()
+        finally:
+            self._unpatch()
 
     def __enter__(self) -> "ContinuousBatcher":
         return self

@@ -115,7 +115,7 @@ class Engine:
         if is_done:
             self.num_steps += 1
             self.step_seconds += self._clock() - start
-        self.adapters.sweep(self.requests.values())
+        self.adapters.sweep()
         return is_done
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:

@@ -65,18 +65,17 @@ class InputProcessor:
         Raises:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
-        self._adapters.require(options.adapter_name)
         require_callables(kwargs)
         prepared = self._prepare(ids, generation_config, kwargs)
         decoding = self._decoding(prepared, options.seed)
         now, name = self._clock(), options.request_id
-        return Request(
+        request = Request(
             request_id=f"request-{next(self._numbers)}" if name is None else name,
             prompt_ids=decoding.prompt_ids,
             max_new_tokens=decoding.max_new_tokens,
             num_rows=decoding.num_rows,
             cache_salt=options.cache_salt,
-            adapter_name=options.adapter_name,
+            asked_adapter=options.adapter_name,
             tenant=options.tenant if options.adapter_name is None else (options.adapter_name, options.tenant),
             priority=options.priority,
             expected_tokens=options.expected_tokens,
@@ -85,6 +84,8 @@ class InputProcessor:
             arrival_time=now,
             decoding=decoding,
         )
+        self._adapters.enter(request)
+        return request
 
     def _decoding(self, prepared: Prepared, seed: int | None) -> Search:
         generator = self._generator(seed) if prepared.config.do_sample else None

@@ -1,6 +1,8 @@
 """The pool as the scheduler sees it: blocks of requests instead of blocks of sequences."""
 
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from ..memory.prefix import PrefixNode, exact_salt
 from ..memory.sequence import Sequence
@@ -28,7 +30,10 @@ class PoolMemory:
         self.num_blocks, self.block_size = pool.num_blocks, pool.block_size
         windows = pool.storage.layout.windows
         self._windows, self._has_windows = Windows(windows, pool.block_size), any(windows)
+        lock = pool.weights.lock if pool.weights is not None else nullcontext()
+        self._model_lock: AbstractContextManager[Any] = lock
         self._weights: Weights | None = None
+        self._glances: dict[str | None, Hashable] = {}
         self._keys: dict[Hashable, Hashable] = {}
         self._light_key: Hashable = None
         self._coming: set[tuple[int, tuple[int, ...]]] = set()
@@ -42,14 +47,22 @@ class PoolMemory:
         """Looks anew at what K and V depend on; what running rows compute from here on is shared no more if it changed."""
         self._forget_keys()
         self._coming.clear()
-        light_key = self.pool.light_key()
-        if light_key != self._light_key:
+        with self._model_lock:
+            light_key, glances = self.pool.light_key(), self._glance(running)
+        if light_key != self._light_key or any(self._glances.get(name) != seen for name, seen in glances.items()):
             self._light_key = light_key
             for request in running:
                 key = self._root_key(request)
                 for row in request.rows:
                     if row.sequence is not None and _root_key_of(row.sequence) != key:
                         row.sequence.forget_tokens()
+        self._glances = glances
+
+    def _glance(self, running: list[Request]) -> dict[str | None, Hashable]:
+        weights = self.pool.weights
+        if weights is None or not weights.tuners or not self._shares_prefixes:
+            return {}
+        return {name: weights.glance(name) for name in {request.adapter_name for request in running}}
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that a row of so many tokens holds, in all layer groups."""
@@ -163,10 +176,11 @@ class PoolMemory:
             return None
         salt, name = exact_salt(request.cache_salt), request.adapter_name
         if (salt, name) not in self._keys:
-            if self._weights is None and self.pool.weights is not None:
-                self._weights = self.pool.weights.read()
-            weights = self._weights
-            self._keys[salt, name] = None if weights is None else (weights.key(name), salt, 0)
+            with self._model_lock:
+                if self._weights is None and self.pool.weights is not None:
+                    self._weights = self.pool.weights.read()
+                weights = self._weights
+                self._keys[salt, name] = None if weights is None else (weights.key(name), salt, 0)
         return self._keys[salt, name]
 
     def _forget_keys(self) -> None:

@@ -30,6 +30,7 @@ UNSERVED = {
 """Other ways of decoding, and which options ask for them."""
 
 REFUSED = {
+    "adapter_names": "one request has one adapter_name",
     "assistant_model": "assisted generation is not served; call model.generate with past_key_values=PagedCache(pool)",
     "cache_implementation": "keys and values are kept in the batcher's pool",
     "custom_generate": "the batcher decodes by itself",

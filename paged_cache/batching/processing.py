@@ -182,7 +182,7 @@ def make_output(request: Request, reason: str, error: Exception | None, now: flo
         sequences_scores=decoding.sequences_scores,
         scores=tuple(decoding.scores) if decoding.scores is not None else None,
         logits=tuple(decoding.logits) if decoding.logits is not None else None,
-        adapter_name=request.adapter_name,
+        adapter_name=request.asked_adapter,
     ).decoded_by(tokenizer)
 
 

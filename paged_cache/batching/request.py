@@ -83,7 +83,9 @@ class Request:
         max_new_tokens: Most tokens that it generates, per row.
         num_rows: Sequences that it decodes at once. There is one row until the prompt is computed.
         cache_salt: Prefixes are only shared among requests of the same salt.
-        adapter_name: Whose weights it is computed with: "__base__" for none, None for the adapters that are active.
+        adapter_name: Whose weights it is computed with, as the model calls it: "__base__" for none, None for the adapters
+            that are active.
+        asked_adapter: The same as its caller calls it.
         tenant: Whose it is (an adapter, a customer): lengths are predicted per tenant.
         priority: Lower is sooner.
         expected_tokens: The caller's own prediction of how many tokens it generates.
@@ -109,6 +111,7 @@ class Request:
     num_rows: int = 1
     cache_salt: Hashable = None
     adapter_name: str | None = None
+    asked_adapter: str | None = None
     tenant: Hashable = None
     priority: int = 0
     expected_tokens: float | None = None

@@ -269,7 +269,7 @@ class Scheduler:
 
     def _start(self, request: Request, now: float, plan: StepPlan, room: Room) -> None:
         """Admits a request and plans its first pieces."""
-        num_free = self.memory.num_free
+        num_free, self._refused_at = self.memory.num_free, -1  # if this fails it is tried again
         self.memory.admit(request)
         room.blocks -= num_free - self.memory.num_free
         self._lines.admit(request, is_first=request.admitted_time is None)

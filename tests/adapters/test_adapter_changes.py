@@ -185,11 +185,14 @@ def test_hotswap(tmp_path):
         assert ask("sql", "chat") == [FULL, FULL]
 
 
-def test_hotswap_under_way(tmp_path):
+@pytest.mark.parametrize("alpha", [16, 24])
+@pytest.mark.parametrize("active", ["sql", "chat"])
+def test_hotswap_under_way(tmp_path, active, alpha):
     """What a row computes after its adapter was exchanged is not taken for what the earlier weights give."""
     of = two()
+    of.set_adapter(active)
     of.save_pretrained(tmp_path / "old", selected_adapters=["sql"])
-    make(Zoo(grouped={"sql": lora(ATTENTION, lora_alpha=24)}), seed=3).save_pretrained(tmp_path / "new")
+    make(Zoo(grouped={"sql": lora(ATTENTION, lora_alpha=alpha)}), seed=3).save_pretrained(tmp_path / "new")
     with Asking(of) as ask:
         handle = ask.batcher.submit(ask.ids, adapter_name="sql", **(GREEDY | {"max_new_tokens": 20}))
         for _ in range(3):

@@ -3,11 +3,15 @@
 import copy
 import random
 import shutil
+import threading
 
+import accelerate
 import peft
 import pytest
+import torch
 
-from paged_cache import ContinuousBatcher
+import paged_cache
+from paged_cache import ContinuousBatcher, PagedCache
 from paged_cache.errors import InvalidRequestError
 from paged_cache.integrations.lora import adapter_folders
 from tests.adapters.zoo import (
@@ -73,8 +77,10 @@ class Serving:
 
     @property
     def loaded(self):
-        """Registered adapters that are in memory."""
-        return {name for name in self.of.peft_config if name != "user"}
+        """Registered adapters that are in memory: as many as there are in the model besides the user's."""
+        names = set(self.batcher.stats().loaded_adapters)
+        assert len(names) == len(set(getattr(self.of, "peft_config", {})) - {"user"})
+        return names
 
     def __call__(self, *names, length=9):
         outputs = self.batcher.generate(
@@ -180,7 +186,7 @@ def test_registered_and_dropped_while_it_runs(saved):
         other = serve.batcher.submit(prompt(9), adapter_name="b", **GREEDY)
         assert not differences(finish(serve.batcher, [handle, other]), [want["a", 22], want["b", 9]])
         serve.batcher.drop_adapter("b")
-        assert "b" not in serve.of.peft_config
+        assert serve.loaded == {"a"}
         with pytest.raises(InvalidRequestError, match="'b'"):
             serve.batcher.submit(prompt(9), adapter_name="b", **GREEDY)
         serve("a")
@@ -372,4 +378,127 @@ def test_anything_at_any_time(saved, seed, has_user):
     assert stats.num_preemptions > 0
     del batcher, chaos, requests
     assert_whole(pool)
+    assert_same_state(before, state_of(of))
+
+
+def test_names_are_a_batchers_own(saved):
+    """Two batchers on one model may call different adapters alike; neither knows what the other one has registered."""
+    folder, want = saved
+    of = fresh(folder)
+    with (
+        Serving(of, want, lora_modules={"x": folder / "a"}) as first,
+        Serving(of, want, lora_modules={"x": folder / "b", "y": folder / "c"}) as second,
+    ):
+        first.want = want | {("x", 9): want["a", 9]}
+        second.want = want | {("x", 9): want["b", 9], ("y", 9): want["c", 9]}
+        first("x", BASE)
+        second("x", "y", "user")
+        first("x")
+        with pytest.raises(InvalidRequestError, match="'y'"):
+            first.batcher.submit(prompt(9), adapter_name="y", **GREEDY)
+        handle = second.batcher.submit(prompt(9), adapter_name="x", **GREEDY)
+        second.batcher.step()
+        first.batcher.close()
+        assert not differences(finish(second.batcher, [handle]), [want["b", 9]])
+
+
+@pytest.mark.parametrize("name", ["1", "7", "model", "weight", "half"])
+def test_any_name_will_do(saved, name):
+    """peft looks for names inside the names of weights, and keeps adapters as attributes: requests need not know."""
+    folder, want = saved
+    with Serving(fresh(folder), want | {(name, 9): want["a", 9]}, lora_modules={name: folder / "a"}) as serve:
+        serve(name, BASE, "user")
+
+
+def test_an_adapter_that_was_deleted_behind_the_batchers_back(saved):
+    """It is loaded again; a request of it that runs ends with an error; dropping and closing go on as ever."""
+    folder, want = saved
+    of = fresh(folder)
+    with Serving(of, want, lora_modules=modules(folder, ["a", "b"])) as serve:
+        serve("a", "b")
+        (key,) = [key for key, adapter in serve.batcher._adapters._by_key.items() if adapter.name == "a"]
+        of.delete_adapter(key)
+        serve("a", "b")
+        handles = [serve.batcher.submit(prompt(9), adapter_name=name, **GREEDY) for name in "ab"]
+        serve.batcher.step()
+        of.delete_adapter(key)
+        outputs = finish(serve.batcher, handles)
+        assert outputs[0].finish_reason == "error"
+        assert not differences(outputs[1:], [want["b", 9]])
+        serve.batcher.drop_adapter("a")
+        serve("b")
+
+
+def test_a_request_that_was_accepted_is_served(saved):
+    """Dropped by another thread in the middle of a step, an adapter stays for the requests that named it before."""
+    folder, want = saved
+    with Serving(fresh(folder), want, lora_modules=modules(folder, ["a", "b"])) as serve:
+        busy = serve.batcher.submit(prompt(22), adapter_name="b", **GREEDY)
+        handle = serve.batcher.submit(prompt(9), adapter_name="a", **GREEDY)
+        serve.batcher._adapters.drop("a")
+        serve.batcher._adapters.sweep()  # as a step does while the request is in the inbox
+        assert not differences(finish(serve.batcher, [busy, handle]), [want["b", 22], want["a", 9]])
+        assert serve.loaded == {"b"}
+
+
+def test_interrupted_while_loading(saved, monkeypatch):
+    """Ctrl-C while an adapter is loaded leaves nothing of it, and its request is served in the next steps."""
+    folder, want = saved
+    of = fresh(folder)
+    before = state_of(of)
+    with Serving(of, want, lora_modules=modules(folder, ["a"])) as serve:
+        loader, load = serve.batcher._adapters._loader, serve.batcher._adapters._loader.load
+
+        def interrupted(*args):
+            load(*args)
+            raise KeyboardInterrupt
+
+        handle = serve.batcher.submit(prompt(9), adapter_name="a", **GREEDY)
+        monkeypatch.setattr(loader, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            serve.batcher.step()
+        monkeypatch.undo()
+        assert serve.loaded == set()
+        assert not differences(finish(serve.batcher, [handle]), [want["a", 9]])
+    assert_same_state(before, state_of(of))
+
+
+def test_folders_for_a_model_whose_weights_are_elsewhere(saved):
+    """peft would leave the adapter's weights empty: it is refused before any work."""
+    folder, _ = saved
+    of = accelerate.cpu_offload(copy.deepcopy(tiny("llama")))
+    with pytest.raises(InvalidRequestError, match="offloaded"):
+        ContinuousBatcher(of, poisoned_pool(of), lora_modules=modules(folder))
+
+
+def test_two_batchers_in_two_threads(saved):
+    """Both compute with the adapters of one model at the same time, and so does `generate`: nobody sees what another has active."""
+    folder, want = saved
+    of = fresh(folder)
+    before = state_of(of)
+    wrong, pool = [], poisoned_pool(of)
+
+    def serve(names):
+        try:
+            with Serving(of, want, lora_modules=modules(folder)) as batcher:
+                for _ in range(6):
+                    batcher(*names)
+        except BaseException as error:  # noqa: BLE001 (the test shall see it)
+            wrong.append(error)
+
+    def generate():
+        ids = torch.tensor([prompt(9)])
+        for _ in range(12):
+            tokens = of.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=PagedCache(pool), **GREEDY)
+            if tokens[:, 9:].tolist() != want["user", 9]:
+                wrong.append(tokens)
+
+    with paged_cache.patch(of):
+        threads = [threading.Thread(target=serve, args=(names,)) for names in (("a", BASE, "b"), ("c", "a", "user"))]
+        threads.append(threading.Thread(target=generate))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    assert not wrong
     assert_same_state(before, state_of(of))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from ..pool import BlockPool
 from .batcher import ContinuousBatcher
 from .handle import RequestHandle
 from .output import RequestOutput
+from .progress import REFRESH_SECONDS, Progress
 from .stats import BatcherStats
 
 
@@ -116,13 +118,23 @@ class AsyncContinuousBatcher:
         return AsyncRequestHandle(handle)
 
     async def generate(
-        self, prompts: Any, generation_config: Any = None, *, attention_mask: Any = None, **options: Any
+        self,
+        prompts: Any,
+        generation_config: Any = None,
+        *,
+        attention_mask: Any = None,
+        progress_bar: bool = False,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Generates for all prompts; see `ContinuousBatcher.generate`. Cancelled, it ends its requests."""
+        """Generates for all prompts; see `ContinuousBatcher.generate`. Cancelled, it ends its requests.
+
+        Here `progress_bar` has to be asked for: many tasks may be generating at once.
+        """
         options = {"generation_config": generation_config, **options}
         handles = await _hand_in(lambda is_left: self._batcher._submit_all(is_left, prompts, attention_mask, options))
         try:
-            return await asyncio.gather(*[AsyncRequestHandle(handle).result() for handle in handles])
+            async with _progress(handles, self.stats) if progress_bar else nullcontext():
+                return await asyncio.gather(*[AsyncRequestHandle(handle).result() for handle in handles])
         except BaseException:
             _cancel_soon(handles)
             raise
@@ -150,6 +162,22 @@ class AsyncContinuousBatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+@asynccontextmanager
+async def _progress(handles: list[RequestHandle], stats: Callable[[], BatcherStats]) -> AsyncIterator[None]:
+    """Shows a bar over the requests meanwhile."""
+
+    async def refresh() -> None:
+        while progress.count(handles) < len(handles):
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    with Progress(len(handles), True, stats) as progress:
+        task = asyncio.create_task(refresh())
+        try:
+            yield
+        finally:
+            task.cancel()
 
 
 async def _hand_in(function: Callable[[Callable[[], bool]], list[RequestHandle]]) -> list[RequestHandle]:

@@ -1,14 +1,19 @@
 """The progress bar of `generate`."""
 
+import asyncio
 import io
 import types
 from contextlib import redirect_stderr
 
 import pytest
 
+from paged_cache import AsyncContinuousBatcher
 from paged_cache.batching import progress as progress_module
 from paged_cache.batching.progress import Progress
-from tests.batching.faults import GREEDY, PROMPTS, batching
+from tests.batching.alone import tiny
+from tests.batching.faults import GREEDY, PROMPTS, batching, expected, tokens
+from tests.batching.test_asynchronous import leave, until
+from tests.models import poisoned_pool
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -45,6 +50,40 @@ def test_no_bar(terminal, prompts):
         outputs = batcher.generate(prompts, **GREEDY, progress_bar=not prompts)
     assert len(outputs) == len(prompts)
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_bar_for_asyncio(terminal, is_shown):
+    """Awaited, the bar is the same, for who asks for it; the tokens are the same either way."""
+
+    async def main():
+        async with AsyncContinuousBatcher(tiny("llama"), poisoned_pool(tiny("llama"), 600, 4)) as batcher:
+            assert await batcher.generate([], progress_bar=is_shown) == []
+            outputs = await batcher.generate(PROMPTS, progress_bar=is_shown, **GREEDY)
+            assert tokens(outputs) == expected()
+
+    with redirect_stderr(terminal):
+        asyncio.run(main())
+    assert ("5/5" in terminal.getvalue()) == ("tokens/s" in terminal.getvalue()) == is_shown
+    assert is_shown or terminal.getvalue() == ""
+
+
+def test_bar_for_asyncio_is_closed_by_cancelling(terminal):
+    """A task that is cancelled while its bar is shown ends its requests and the bar's line."""
+
+    async def main():
+        pool = poisoned_pool(tiny("llama"), 600, 4)
+        async with AsyncContinuousBatcher(tiny("llama"), pool) as batcher:
+            options = GREEDY | {"max_new_tokens": 400}
+            task = asyncio.create_task(batcher.generate(PROMPTS, progress_bar=True, **options))
+            await until(lambda: "0/5" in terminal.getvalue())
+            await leave(task)
+            await until(lambda: batcher.stats().finished.get("abort") == len(PROMPTS))
+
+    with redirect_stderr(terminal):
+        asyncio.run(main())
+    assert "5/5" not in terminal.getvalue()
+    assert terminal.getvalue().endswith("\n")
 
 
 def test_no_bar_elsewhere():

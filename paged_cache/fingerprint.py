@@ -90,8 +90,8 @@ def adapters_digest(model: torch.nn.Module, adapter_name: str | None) -> tuple[l
     """The adapters that count for rows with this one, None for those that are active, and what names their content.
 
     Returns:
-        Their names, [] for the base model, and 32 hexadecimal digits, "none" for the base model. Merged adapters are part
-        of the base weights.
+        Their names, [] for the base model, and 32 hexadecimal digits that do not depend on the names, "none" for the base
+        model. Merged adapters are part of the base weights.
     """
     names = _names(model)
     used: dict[str, None] = {}
@@ -99,10 +99,10 @@ def adapters_digest(model: torch.nn.Module, adapter_name: str | None) -> tuple[l
     for tuner in peft_layers.split(model)[1]:
         if tuner.merged_adapters and not tuner.disable_adapters:
             continue
-        for adapter in peft_layers.effective(tuner, adapter_name):
-            used[adapter] = None
-            numbers = [(attribute, _named(value)) for attribute, value in peft_layers.content(tuner, adapter)]
-            entries.append((names[tuner], adapter, sorted(numbers)))
+        counting = peft_layers.effective(tuner, adapter_name)
+        used |= dict.fromkeys(counting)
+        if counting:
+            entries.append((names[tuner], [_numbers(tuner, adapter) for adapter in counting]))
     if not used:
         return [], "none"
     configs = getattr(model, "peft_config", {})
@@ -148,6 +148,11 @@ def _readable(module: torch.nn.Module, name: str, full: str, tensor: torch.Tenso
             f"the weight {full} is on the meta device and accelerate does not keep its values: load the model's weights first."
         )
     return torch.as_tensor(kept)
+
+
+def _numbers(tuner: Any, adapter: str) -> list[tuple[str, str]]:
+    """What an adapter is in a layer."""
+    return sorted((attribute, _named(value)) for attribute, value in peft_layers.content(tuner, adapter))
 
 
 def _named(value: Any) -> str:

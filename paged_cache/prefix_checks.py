@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .adapters import BASE
+from .adapters.tuners import split
 from .errors import InvalidRequestError
 from .fingerprint import loaded_adapters, merged_adapters, model_config, weights_digest
 from .kernels.quantized import LARGEST
@@ -101,17 +102,32 @@ def keys_of_roots(
 ) -> list[Hashable | None]:
     """What each root of the file is in this process, as `BlockPool.root_key` has it; None for adapters not asked for.
 
+    Adapters are known by their content, whatever they are called.
+
     Raises:
-        InvalidRequestError: An adapter is not loaded, is another one, or the weights are not in the state for it.
+        InvalidRequestError: No adapter has the content, or the weights are not in the state for it.
     """
-    by_adapters = {(adapters, digest): key for key, adapters, digest in states.values()}
-    keys: list[Hashable | None] = []
-    for root in file.description.roots:
-        key = by_adapters.get((root.adapters, root.adapters_digest))
-        if key is None and (adapter_name is None or (adapter_name,) == (root.adapters or (BASE,))):
-            raise InvalidRequestError(_why_not(path, root, model, states))
-        keys.append(None if key is None else (key, root.salt, root.extra))
-    return keys
+    by_content = {digest: key for key, _, digest in states.values()}
+    roots = file.description.roots
+    missing = [root for root in roots if root.adapters_digest not in by_content]
+    if adapter_name is not None:  # other adapters may be missing, and so may its name if its content is there
+        is_there = len(missing) < len(roots)
+        missing = [root for root in missing if not is_there and (root.adapters or (BASE,)) == (adapter_name,)]
+    if missing:
+        raise InvalidRequestError(_why_not(path, missing[0], model, states))
+    keys = [by_content.get(root.adapters_digest) for root in roots]
+    return [None if key is None else (key, root.salt, root.extra) for key, root in zip(keys, roots, strict=True)]
+
+
+def why_unknown(model: Any) -> str:
+    """Why it cannot be told in what state a model's weights are."""
+    if training := [name for name, module in model.named_modules() if module.training]:
+        what = f"of the model, {training[0]} is" if training[0] else "the model is"
+        return f"{what} in training mode, so that K and V may be random: call model.eval() first."
+    tensors = [tensor for module in split(model)[0] for tensor in (*module.parameters(False), *module.buffers(False))]
+    if any(tensor.is_inference() for tensor in tensors):
+        return "weights were made in inference mode, so that changes do not show: load the model outside of torch.inference_mode()."
+    return "a batch of mixed adapters runs now, on other threads: try again when it is done."
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -138,15 +154,20 @@ def _expected(storage: KVStorage, spec: LayerSpec, count: int) -> dict[str, tupl
 
 def _why_not(path: Path, root: Root, model: Any, states: States) -> str:
     names, loaded, merged = list(root.adapters), loaded_adapters(model), merged_adapters(model)
-    known = [digest for _, adapters, digest in states.values() if adapters == root.adapters]
-    what = f"{path} has prefixes of {f'the adapters {names}' if names else 'the model without adapters'}"
     if merged:
-        return f"{what}; the model has {merged} merged into its weights: unmerge them first."
-    if known:
-        return f"{what} with fingerprint {root.adapters_digest}; those that are loaded have {known[0]}: save again."
-    if missing := [name for name in names if name not in loaded]:
-        return f"{what}; {missing} are not loaded, only {loaded}: load them, or ask for others with adapter_name."
-    return f"{what} together; others are active: call set_adapter({names}), or ask for others with adapter_name."
+        what = f"the adapters {names}" if names else "the model without adapters"
+        return f"{path} has prefixes of {what}; the model has {merged} merged into its weights: unmerge them first."
+    others = "ask for others with adapter_name"
+    if len(names) == 1 and names[0] in loaded:
+        return f"{path} does not fit: adapter {names[0]!r} has other weights; compute and save again, or {others}."
+    if len(names) == 1:
+        why = f"no adapter in the model has the weights of {names[0]!r}"
+        return f"{path} does not fit: {why} (loaded are {loaded}); load it, or {others}."
+    if root.adapters in [adapters for _, adapters, _ in states.values()]:
+        return f"{path} does not fit: the adapters {names}, which are active together, have other weights."
+    if set(names) <= set(loaded):
+        return f"{path} has prefixes of {names} together; others are active: call set_adapter({names}), or {others}."
+    return f"{path} does not fit: no adapters in the model have the weights of {names} (loaded are {loaded}); load them, or {others}."
 
 
 def _require_same(path: Path, what: str, found: Any, here: Any) -> None:

@@ -39,7 +39,7 @@ class Root:
     """What else a prefix depends on besides its tokens, as another process can name it.
 
     Attributes:
-        adapters: Names of the adapters that count; () for the base model.
+        adapters: What the adapters that count were called, for messages; () for the base model.
         adapters_digest: Names their content.
         salt: The cache salt, as `exact_salt` gives it.
         extra: Tokens of padding before the first one, in models that count them.
@@ -259,7 +259,7 @@ def _from_json(fields: dict[str, Any]) -> Description:
         )
         for root in fields["roots"]
     ]
-    if len(set(roots)) != len(roots):
+    if len({(root.adapters_digest, root.salt, root.extra) for root in roots}) != len(roots):
         raise ValueError("a root is there twice")
     return Description(**{**fields, "layers": layers, "roots": roots})
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .prefix_checks import (
     check_weights,
     dtype_name,
     keys_of_roots,
+    why_unknown,
 )
 from .prefix_file import Description, PrefixFile, Root, can_name, read, write
 from .weights import WeightsVersion
@@ -78,7 +80,7 @@ class SavesPrefixes:
 
         Args:
             path: The file.
-            adapter_name: As in `save_prefixes`.
+            adapter_name: Only the prefixes that the file has for what this adapter is, whatever it was called.
 
         Returns:
             Tokens loaded; those that the pool holds already do not count.
@@ -135,10 +137,7 @@ class SavesPrefixes:
             raise InvalidRequestError("the pool keeps no prefixes: make it with prefix_caching=True.")
         read_weights = weights.read() if weights is not None else None
         if read_weights is None:
-            raise InvalidRequestError(
-                "in what state the model's weights are cannot be told (training mode, weights made in inference mode, a batch "
-                "of mixed adapters that runs now): call model.eval() first."
-            )
+            raise InvalidRequestError(why_unknown(model))
         merged, loaded = merged_adapters(model), loaded_adapters(model)
         names: list[str | None] = [None] if merged else [None, BASE, *loaded]
         if adapter_name is not None:
@@ -163,15 +162,16 @@ class SavesPrefixes:
 
 def _named_roots(manager: BlockManager, states: States) -> dict[Root, PrefixNode]:
     """The roots of these states, in an order that is the same in all processes."""
-    by_key = {key: (adapters, digest) for key, adapters, digest in states.values()}
-    found: dict[Root, PrefixNode] = {}
+    by_key = {key: digest for key, _, digest in sorted(states.values(), key=itemgetter(2))}
+    names = {digest: min(names for _, names, other in states.values() if other == digest) for digest in by_key.values()}
+    found: dict[tuple[str, Any, int], PrefixNode] = {}
     skipped = []
     for node in manager.index.roots():
         if not isinstance(node.key, tuple) or len(node.key) != 3 or node.key[0] not in by_key:
             continue
         key, salt, extra = node.key
         if node.children and can_name(salt) and type(extra) is int:
-            found.setdefault(Root(*by_key[key], salt, extra), node)
+            found.setdefault((by_key[key], salt, extra), node)
         elif node.children:
             skipped.append(salt[1] if isinstance(salt, tuple) else salt)
     if skipped:
@@ -179,7 +179,7 @@ def _named_roots(manager: BlockManager, states: States) -> dict[Root, PrefixNode
             "prefixes with the salts %s are not saved: a file can name None, bool, int, str, bytes and tuples of them.",
             skipped,
         )
-    return dict(sorted(found.items(), key=lambda item: repr(item[0])))
+    return {Root(names[root[0]], *root): node for root, node in sorted(found.items(), key=lambda item: repr(item[0]))}
 
 
 def _describe(storage: KVStorage, model: Any, config: dict[str, Any], weights: str, roots: list[Root]) -> Description:

@@ -101,6 +101,27 @@ def test_peft_around_a_model(options, tmp_path):
     assert weights_digest(wrapped.unload()) == digest
 
 
+def test_adapters_have_the_name_of_their_content():
+    """What an adapter is called does not count; which ones are active together does, in their order."""
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+
+    def digests(*names):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(copy.deepcopy(model("llama")), lora, adapter_name=names[0]).eval()
+        wrapped.add_adapter(names[1], lora)
+        found = [adapters_digest(wrapped.get_base_model(), name)[1] for name in names]
+        for active in (names, names[::-1]):
+            wrapped.base_model.set_adapter(list(active))
+            used, digest = adapters_digest(wrapped.get_base_model(), None)
+            assert used == list(active)
+            found.append(digest)
+        return found
+
+    found = digests("sql", "chat")
+    assert found == digests("law", "sql")
+    assert len(set(found)) == 4
+
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_offloaded_weights(where, tmp_path):
     """Weights that accelerate takes away between forwards are read where they are."""

@@ -330,6 +330,25 @@ def test_states_that_cannot_be_told_are_refused(llama_file, path):
     assert not path.exists()
 
 
+def test_why_a_state_cannot_be_told(llama_file, monkeypatch):
+    """The message has the one reason that applies: a module in training mode, weights of inference mode, mixed adapters."""
+    of = lora(model("llama"), "sql")
+    pool = poisoned_pool(of)
+    layer = next(x for x in of.modules() if isinstance(x, peft.tuners.lora.LoraLayer))
+    mixing = functools.partial(lambda *args, **kwargs: None, adapter_names=["sql"])
+    hook = layer.register_forward_pre_hook(mixing)
+    assert_refused(pool, llama_file, "a batch of mixed adapters runs now")
+    hook.remove()
+    layer.lora_A["sql"].train()
+    assert_refused(pool, llama_file, "layers.0.self_attn.q_proj.lora_A.sql is in training mode", "model.eval()")
+    of.train()
+    assert_refused(pool, llama_file, "the model is in training mode")
+    with torch.inference_mode():
+        made = copy.deepcopy(model("llama"))
+    assert made.lm_head.weight.is_inference()
+    assert_refused(poisoned_pool(made), llama_file, "made in inference mode", "outside of torch.inference_mode()")
+
+
 def test_paths_that_are_wrong(llama_file, tmp_path):
     """No file, a folder, a missing folder, a file of another kind: named, before anything is done."""
     pool = poisoned_pool(model("llama"), 50)
@@ -505,6 +524,12 @@ FORGERIES = {
     "weights": (lambda file: described(file, weights="0"), "fingerprint is '0', here it is"),
     "config": (lambda file: described(file, config=file.description.config | {"new": 1}), "config.new 1, here it is None"),
     "config of no kind": (lambda file: described(file, config=None), "damaged"),
+    "a root of two names": (
+        lambda file: described(
+            file, roots=[*file.description.roots, dataclasses.replace(file.description.roots[0], adapters=("x",))]
+        ),
+        "twice",
+    ),
     "two equal roots": (lambda file: described(file, roots=file.description.roots * 2), "twice"),
     "layers": (lambda file: described(file, layers={0: file.description.layers[0]}), "belong to no layer"),
     "heads": (
@@ -707,7 +732,7 @@ def test_adapters_keep_their_prefixes(path):
     assert_whole(other)
 
     plain = poisoned_pool(model("llama"))
-    assert_refused(plain, path, "['chat'] are not loaded, only []")
+    assert_refused(plain, path, "no adapter in the model has the weights of", "(loaded are [])")
     assert plain.load_prefixes(path, adapter_name="__base__") == NUM_FULL
     assert generate(model("llama"), plain) == (expected(model("llama")), 3)
     assert_refused(plain, path, "adapter_name is 'sql'; loaded are []", adapter_name="sql")
@@ -759,7 +784,55 @@ def test_an_adapter_of_the_same_name_is_refused(other, path):
     """The same name with other weights, another scaling, or of another kind is another adapter."""
     saved(lora(model("llama"), "sql"), path)
     of = OTHER_ADAPTERS[other]()
-    assert_refused(poisoned_pool(of), path, "['sql']", "fingerprint")
+    assert_refused(poisoned_pool(of), path, "adapter 'sql' has other weights")
+    assert_refused(poisoned_pool(of), path, "adapter 'sql' has other weights", adapter_name="sql")
+
+
+def test_adapters_are_known_by_their_content(path):
+    """An adapter finds its prefixes under any name, also where its old name is that of another one."""
+    of = lora(model("llama"), "sql")
+    tokens, _ = generate(of, saved(of, path))
+    renamed = lora(model("llama"), "pagedcache_000012", "sql")
+    for options in ({}, {"adapter_name": "pagedcache_000012"}, {"adapter_name": "sql"}):
+        pool = poisoned_pool(renamed)
+        if options == {"adapter_name": "sql"}:
+            assert_refused(pool, path, "adapter 'sql' has other weights", **options)
+            continue
+        assert pool.load_prefixes(path, **options) == NUM_FULL
+        renamed.set_adapter("sql")
+        assert generate(renamed, pool)[1] == 43
+        renamed.set_adapter("pagedcache_000012")
+        assert generate(renamed, pool) == (tokens, 3)
+        assert_whole(pool)
+    foreign = lora(model("llama"), "chat", seed=1)
+    assert_refused(poisoned_pool(foreign), path, "no adapter in the model has the weights of 'sql'", "['chat']")
+
+
+def test_one_content_is_saved_once(path):
+    """What two names of one adapter computed is in the file once, under the same checksum whatever the names are."""
+    of = twins("a", "b")
+    pool = poisoned_pool(of)
+    for name in ("a", "b"):
+        of.set_adapter(name)
+        generate(of, pool)
+    assert pool.save_prefixes(path) == NUM_FULL
+    (root,) = prefix_file.read(path).description.roots
+    assert root.adapters == ("a",)
+    other = twins("z", "b")
+    pool = poisoned_pool(other)
+    assert pool.load_prefixes(path) == NUM_FULL
+    for name in ("z", "b"):
+        other.set_adapter(name)
+        assert generate(other, pool)[1] == 3
+    assert_whole(pool)
+
+
+def twins(*names):
+    """The model with one adapter under two names."""
+    of = lora(model("llama"), *names)
+    state = of.state_dict()
+    of.load_state_dict({key: state[key.replace(f".{names[1]}.", f".{names[0]}.")] for key in state})
+    return of
 
 
 def test_adapters_together(path):
@@ -774,6 +847,15 @@ def test_adapters_together(path):
     other.base_model.set_adapter(["sql", "chat"])
     assert pool.load_prefixes(path) == NUM_FULL
     assert generate(other, pool) == (tokens, 3)
+    renamed = lora(model("llama"), "chat", "law")
+    pool = poisoned_pool(renamed)
+    assert_refused(pool, path, "no adapters in the model have the weights of ['sql', 'chat']")
+    renamed.base_model.set_adapter(["chat", "law"])
+    assert pool.load_prefixes(path) == NUM_FULL
+    assert generate(renamed, pool) == (tokens, 3)
+    changed = lora(model("llama"), "sql", "chat", seed=1)
+    changed.base_model.set_adapter(["sql", "chat"])
+    assert_refused(poisoned_pool(changed), path, "['sql', 'chat'], which are active together, have other weights")
 
 
 def test_merged_adapters_are_other_weights(path):

@@ -16,34 +16,30 @@ _MIXER = 0x1E3779B97F4A7C15
 
 
 def sums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Of each tensor a sum over all of its bits, modulo 2**64."""
-    found = [_sum(tensor.detach()) for tensor in tensors]
-    if len({x.device for x in found}) > 1:
-        found = [x.cpu() for x in found]
-    return tuple(torch.stack(found).tolist()) if found else ()
+    """By dtype and device a sum over all bits of all tensors, modulo 2**64, as if they were one. All have data."""
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.dtype, tensor.device].append(tensor.detach().reshape(-1))
+    return tuple(int(_sum(torch.cat(group) if len(group) > 1 else group[0])) for group in groups.values())
 
 
 def samples(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """By dtype and device a sum over the bits of some elements of each tensor. Tensors without data are left out."""
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        if not tensor.is_meta:
-            groups[tensor.dtype, tensor.device].append(_sample(tensor.detach()))
-    return sums([torch.cat(group) for group in groups.values()])
+    """The same over some elements of each tensor; those without data are left out."""
+    return sums([_sample(tensor.detach()) for tensor in tensors if not tensor.is_meta])
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     count = tensor.numel()
     if count > _SAMPLES and tensor.is_contiguous():
-        return tensor.as_strided((_SAMPLES,), (count // _SAMPLES,))
+        return tensor.as_strided((_SAMPLES,), (count // _SAMPLES,), tensor.storage_offset())
     return tensor.reshape(-1)[:: max(count // _SAMPLES, 1)]
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
+def _sum(flat: torch.Tensor) -> torch.Tensor:
     """Each word counts with an odd weight of its own, so that any one change shows."""
-    flat = tensor.reshape(-1).contiguous().view(torch.uint8)
-    words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
-    odds, total = _odds(tensor.device), torch.zeros((), dtype=torch.int64, device=tensor.device)
+    words = flat.contiguous().view(torch.uint8)
+    words = words.view(torch.int32) if words.numel() % 4 == 0 and words.storage_offset() % 4 == 0 else words
+    odds, total = _odds(flat.device), torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk in words.split(_CHUNK):
         total = total * _MIXER + (chunk.to(torch.int64) * odds[: chunk.numel()]).sum()
     return total

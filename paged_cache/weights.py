@@ -47,7 +47,7 @@ class WeightsVersion:
     def read(self) -> "Weights | None":
         """The weights as they are now; None if that cannot be told, so that nothing may be shared."""
         model = self._model()
-        if model is None or any(module.training for module in model.modules()):
+        if model is None or any(module.training for module in _everything(model) if module is not None):
             return None
         modules, tuners = peft_layers.split(model)
         parts = [part for module in modules for part in _parts(module)]
@@ -154,15 +154,20 @@ def _kept(offloaded: Mapping[str, Any], name: str) -> Any:
     return in_memory.get(f"{prefix}{name}", kept if not isinstance(kept, dict) else offloaded)
 
 
-def _tree(model: torch.nn.Module) -> tuple[int, ...]:
-    """Which modules a model has, and where; quicker than `modules()`, since it is asked for every token.
-
-    Ids are enough: a module that comes back was there all the time, so that nobody else had its id meanwhile.
-    """
+def _everything(model: torch.nn.Module) -> list[torch.nn.Module | None]:
+    """All modules in all places; quicker than `modules()`, since it is asked for every token."""
     found: list[torch.nn.Module | None] = [model]
     parents = set()
     for module in found:
         if module is not None and module._modules and id(module) not in parents:
             parents.add(id(module))
             found += module._modules.values()
-    return tuple(map(id, found))
+    return found
+
+
+def _tree(model: torch.nn.Module) -> tuple[int, ...]:
+    """Which modules a model has, and where.
+
+    Ids are enough: a module that comes back was there all the time, so that nobody else had its id meanwhile.
+    """
+    return tuple(map(id, _everything(model)))

@@ -70,7 +70,10 @@ def content(tuner: Any, adapter_name: str) -> Iterator[tuple[str, Any]]:
             continue
         item = container[adapter_name]
         if isinstance(item, torch.nn.Module):
-            yield from ((f"{attribute}.{name}", tensor) for name, tensor in item.state_dict(keep_vars=True).items())
+            for i, module in enumerate(item.modules() if item._modules else (item,)):
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    if tensor is not None:
+                        yield f"{attribute}.{i}.{name}", tensor
         elif isinstance(item, torch.Tensor) or item is None or isinstance(item, (int, float, str, list, tuple)):
             yield attribute, item
     variant = vars(tuner).get("lora_variant", {}).get(adapter_name)

@@ -245,8 +245,8 @@ class ContinuousBatcher:
 
     def close(self) -> None:
         """Ends what is not over with finish reason "abort", gives all blocks back, and leaves the model as it was."""
+        self._loop.stop()
         try:
-            self._loop.stop()
             self._adapters.close()
         finally:
             self._unpatch()

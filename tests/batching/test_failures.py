@@ -156,14 +156,14 @@ def test_budget_recovers():
     """After enough good steps the batcher uses as many tokens per step as before it ran out of memory."""
     sizes = []
     with batching(max_num_batched_tokens=64) as batcher:
-        forward = batcher._engine.forward
+        forward = batcher._engine.forward.inner
 
         def counted(chunks):
             sizes.append(sum(chunk.num_tokens for chunk in chunks))
             return forward(chunks)
 
-        batcher._engine.forward = counted
-        counted.settle, counted.name, counted.whole_prompts = forward.settle, forward.name, False
+        batcher._engine.forward.inner = counted
+        counted.settle = forward.settle
         with failing(tiny("llama"), lambda n, _: n == 1, OutOfMemory):
             run(batcher, submit_all(batcher, [prompt(64, 1)]))
         assert sizes[:3] == [64, 32, 32]
@@ -176,7 +176,7 @@ def test_budget_recovers():
 def test_blocks_taken_between_plan_and_execution():
     """Somebody outside takes blocks just before a forward: requests are preempted, and all end with the right tokens."""
     with batching(num_blocks=40, max_num_seqs=4) as batcher:
-        forward, pool = batcher._engine.forward, batcher.pool
+        forward, pool = batcher._engine.forward.inner, batcher.pool
         taken = []
 
         def robbed(chunks):
@@ -184,8 +184,8 @@ def test_blocks_taken_between_plan_and_execution():
                 taken.append(hold_all(pool))
             return forward(chunks)
 
-        robbed.settle, robbed.name, robbed.whole_prompts = forward.settle, forward.name, False
-        batcher._engine.forward = robbed
+        robbed.settle = forward.settle
+        batcher._engine.forward.inner = robbed
         handles = submit_all(batcher)
         for _ in range(100):
             batcher.step()

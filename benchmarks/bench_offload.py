@@ -17,8 +17,6 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from batching.models import kv_bytes_per_token, make_model
 
 import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher
+from paged_cache.demo import count_tokens
 
 FOLDER = Path(__file__).resolve().parent
 VOCABULARY = 256
@@ -76,23 +75,12 @@ def traces(is_quick: bool, block_size: int, seed: int) -> list[Trace]:
     ]
 
 
-@contextmanager
-def computed_tokens(model: Any) -> Iterator[list[int]]:
-    """The number of tokens of each forward."""
-    counts: list[int] = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
-    try:
-        yield counts
-    finally:
-        hook.remove()
-
-
 def serve(model: Any, trace: Trace, num_blocks: int, block_size: int, offload: str | None) -> dict[str, Any]:
     """One run over a trace; its answers are under "answers"."""
     pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=block_size, offload_memory=offload)
     options = {"max_new_tokens": trace.num_new, "do_sample": False, "expected_tokens": 1}
     histories, answers = [list(prompt) for prompt in trace.prompts], []
-    with ContinuousBatcher(model, pool, policy="fcfs") as batcher, computed_tokens(model) as counts:
+    with ContinuousBatcher(model, pool, policy="fcfs") as batcher, count_tokens(model) as counts:
         start = time.perf_counter()
         for turn in range(trace.num_turns):
             groups = [histories] if trace.num_turns == 1 else [[history] for history in histories]

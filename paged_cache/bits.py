@@ -1,6 +1,7 @@
 """Sums over the bits of tensors: equal content gives equal sums, and a change shows."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -8,24 +9,49 @@ import torch
 _SAMPLES = 64
 """Elements of a tensor that `samples` looks at."""
 
-_CHUNK = 2**18
-"""Words that are summed up at once."""
+_ROW = 2**14
+"""Words of 32 bits that make one sum."""
 
-_MIXER = 0x1E3779B97F4A7C15
-"""An odd number without a pattern."""
+_ROWS = {"cpu": 16, "cuda": 512}
+"""Rows summed at once: what stays in a cache on a CPU, what keeps a GPU busy."""
 
 
-def sums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """By dtype and device a sum over all bits of all tensors, modulo 2**64, as if they were one. All have data."""
+def sums(tensors: list[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    """By dtype and device sums over all bits of all tensors, as if they were one. All have data."""
     groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
     for tensor in tensors:
-        groups[tensor.dtype, tensor.device].append(tensor.detach().reshape(-1))
-    return tuple(int(_sum(torch.cat(group) if len(group) > 1 else group[0])) for group in groups.values())
+        for part in plain(tensor):
+            groups[part.dtype, part.device].append(part.detach().reshape(-1))
+    joined = (torch.cat(group) if len(group) > 1 else group[0] for group in groups.values())
+    return tuple(tuple(row_sums(flat.contiguous().view(torch.uint8)).tolist()) for flat in joined)
 
 
-def samples(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+def samples(tensors: list[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     """The same over some elements of each tensor; those without data are left out."""
-    return sums([_sample(tensor.detach()) for tensor in tensors if not tensor.is_meta])
+    parts = (part for tensor in tensors for part in plain(tensor))
+    return sums([_sample(part.detach()) for part in parts if not part.is_meta])
+
+
+def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a wrapper, such as a quantised weight, is made of; or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def row_sums(flat: torch.Tensor) -> torch.Tensor:
+    """int64, one per started row of bytes: the words, each times an odd number of its own, modulo 2**64."""
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    weights, step = _multipliers(flat.device), _ROWS.get(flat.device.type, 16)
+    whole = flat.numel() // (4 * _ROW)
+    rows = flat[: whole * 4 * _ROW].view(torch.int32).view(whole, _ROW)
+    rest = flat.new_zeros(4 * _ROW)
+    rest[: flat.numel() - rows.numel() * 4] = flat[rows.numel() * 4 :]
+    parts = [(rows[start : start + step] * weights).sum(-1) for start in range(0, whole, step)]
+    return torch.cat([*parts, (rest.view(torch.int32) * weights).sum(-1, keepdim=True)])
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,19 +61,10 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)[:: max(count // _SAMPLES, 1)]
 
 
-def _sum(flat: torch.Tensor) -> torch.Tensor:
-    """Each word counts with an odd weight of its own, so that any one change shows."""
-    words = flat.contiguous().view(torch.uint8)
-    words = words.view(torch.int32) if words.numel() % 4 == 0 and words.storage_offset() % 4 == 0 else words
-    odds, total = _odds(flat.device), torch.zeros((), dtype=torch.int64, device=flat.device)
-    for chunk in words.split(_CHUNK):
-        total = total * _MIXER + (chunk.to(torch.int64) * odds[: chunk.numel()]).sum()
-    return total
-
-
 @lru_cache(maxsize=8)
-def _odds(device: torch.device) -> torch.Tensor:
-    """Without a pattern, so that no two changes cancel each other but by chance."""
-    generator = torch.Generator().manual_seed(0)
+def _multipliers(device: torch.device) -> torch.Tensor:
+    """Odd numbers of 64 bits without a pattern, so that no two words can make up for each other."""
     with torch.inference_mode(False):
-        return torch.randint(-(2**62), 2**62, (_CHUNK,), generator=generator).to(device) * 2 + 1
+        mixed = (torch.arange(1, _ROW + 1, device=device) * -7046029254386353131) ^ 0x5851F42D4C957F2D
+        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+        return (mixed ^ (mixed >> 32)) | 1

@@ -2,21 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .adapters import tuners as peft_layers
+from .bits import plain, row_sums
 from .compat import offloaded_weights
 from .errors import InvalidRequestError
-
-_ROW = 2**14
-"""Words of 32 bits that make one sum."""
-
-_ROWS = {"cpu": 16, "cuda": 512}
-"""Rows summed at once: what stays in a cache on a CPU, what keeps a GPU busy."""
 
 _VOLATILE = {
     "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map", "use_cache", "return_dict", "id2label",
@@ -43,7 +36,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         InvalidRequestError: Its content cannot be read.
     """
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for part in _plain(tensor):
+    for part in plain(tensor):
         if part.is_meta:
             raise InvalidRequestError(
                 f"a tensor of shape {tuple(part.shape)} is on the meta device: its content is unknown."
@@ -54,7 +47,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
             raise InvalidRequestError(
                 f"a {type(tensor).__name__} of {tensor.dtype} has no bits to read: {error}"
             ) from None
-        digest.update(_row_sums(flat).cpu().numpy().tobytes())
+        digest.update(row_sums(flat).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -157,36 +150,6 @@ def _numbers(tuner: Any, adapter: str) -> list[tuple[str, str]]:
 
 def _named(value: Any) -> str:
     return tensor_digest(value) if isinstance(value, torch.Tensor) else repr(value)
-
-
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a wrapper, such as a quantised weight, is made of; or the tensor itself."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
-        yield tensor
-
-
-def _row_sums(flat: torch.Tensor) -> torch.Tensor:
-    """int64, one per started row of bytes: the words, each times an odd number of its own, modulo 2**64."""
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    weights, step = _multipliers(flat.device), _ROWS.get(flat.device.type, 16)
-    whole = flat.numel() // (4 * _ROW)
-    rows = flat[: whole * 4 * _ROW].view(torch.int32).view(whole, _ROW)
-    rest = flat.new_zeros(4 * _ROW)
-    rest[: flat.numel() - rows.numel() * 4] = flat[rows.numel() * 4 :]
-    parts = [(rows[start : start + step] * weights).sum(-1) for start in range(0, whole, step)]
-    return torch.cat([*parts, (rest.view(torch.int32) * weights).sum(-1, keepdim=True)])
-
-
-@lru_cache(maxsize=8)
-def _multipliers(device: torch.device) -> torch.Tensor:
-    """Odd numbers of 64 bits without a pattern, so that no two words can make up for each other."""
-    mixed = (torch.arange(1, _ROW + 1, device=device) * -7046029254386353131) ^ 0x5851F42D4C957F2D
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    return (mixed ^ (mixed >> 32)) | 1
 
 
 def _as_json(value: Any, volatile: set[str]) -> Any:

@@ -32,7 +32,7 @@ class WeightsVersion:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model, self.lock = weakref.ref(model), lock_of(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
-        self._sampled: tuple[int, tuple[int, ...]] = (-1, ())
+        self._sampled: tuple[int, Hashable] = (-1, None)
         self._tree: Hashable = None
         self._generation = 0
         self._keyed: list[Any] = []
@@ -87,9 +87,9 @@ class WeightsVersion:
         is_same = len(places) == len(self._seen) and all(
             ref() is part and known == pointer for (ref, known), (part, pointer) in zip(self._seen, places, strict=True)
         )
-        if is_same and not peft_layer_classes():
+        sampled = version, samples(tensors) if peft_layer_classes() else None
+        if is_same and sampled == self._sampled:
             return
-        sampled = version, samples(tensors)
         if not is_same or (sampled[0] == self._sampled[0] and sampled[1] != self._sampled[1]):
             self._generation += 1
         self._sampled = sampled

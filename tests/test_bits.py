@@ -53,3 +53,31 @@ def test_samples_see_what_changes_everywhere():
         assert changed != before
         before = changed
     assert samples([torch.randn(500, 500)[100:].contiguous()]) != samples([torch.randn(400, 500)])
+
+
+def test_wrappers_are_their_parts():
+    """A tensor that is made of others, as quantised weights are, has the sums of those, and a change in one of them shows."""
+
+    class Pair(torch.Tensor):
+        """Codes and their scale."""
+
+        @staticmethod
+        def __new__(cls, codes, scale):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes, scale):
+            self.codes, self.scale = codes, scale
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError(function)
+
+    codes, scale = torch.arange(100, dtype=torch.int8), torch.rand(5)
+    before = sums([Pair(codes, scale)])
+    assert before == sums([codes, scale])
+    assert samples([Pair(codes, scale)]) == samples([codes, scale])
+    scale[3] += 1
+    assert sums([Pair(codes, scale)]) != before

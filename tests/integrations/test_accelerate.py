@@ -254,8 +254,9 @@ def from_disk(folder):
 
 
 @pytest.mark.parametrize("order", ["adapter first", "layers first", "loaded first"])
-def test_adapters(order, adapter, tmp_path):
+def test_adapters(order, adapter, tmp_path, monkeypatch):
     """A LoRA adapter on an offloaded model is offloaded with it, and computes its own tokens and prefixes."""
+    monkeypatch.chdir(tmp_path)  # peft makes folders here, named like those of the weights
     folder, tokens = adapter
     if order == "adapter first":
         tuned = accelerate.cpu_offload(peft.PeftModel.from_pretrained(copy.deepcopy(model("llama")), folder).eval())

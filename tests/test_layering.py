@@ -43,8 +43,9 @@ FLOORS = {
     "paged_cache.batching": 3,
     "paged_cache.pool_map": 3,
     "paged_cache": 4,  # the facade, __init__.py: public names, nothing else
-    "paged_cache.__main__": 5,
-    "paged_cache.cli": 5,
+    "paged_cache.__main__": 6,
+    "paged_cache.bench": 5,
+    "paged_cache.cli": 6,
     "paged_cache.demo": 5,
     "paged_cache.demo_report": 5,
     "paged_cache.kv_memory": 5,
@@ -89,6 +90,7 @@ OWNERS = {
     "transformers": [
         "paged_cache.compat",
         *(name for name, floor in FLOORS.items() if floor in (2, 3)),
+        "paged_cache.bench",
         "paged_cache.demo",
         "paged_cache.kv_memory",
         "paged_cache.loading",
@@ -99,7 +101,7 @@ OWNERS = {
     "peft": ["paged_cache.adapters.folders", "paged_cache.integrations"],
     "accelerate": [],
     "matplotlib": ["paged_cache.picture"],
-    "rich": ["paged_cache.cli", "paged_cache.demo_report", "paged_cache.picture"],
+    "rich": ["paged_cache.bench.tables", "paged_cache.cli", "paged_cache.demo_report", "paged_cache.picture"],
     "typer": ["paged_cache.cli"],
 }
 

@@ -1,0 +1,5 @@
+"""`paged-cache bench`: a module per group of measurements. Names of options and results are those of `vllm bench`."""
+
+import typer
+
+app = typer.Typer(name="bench", help="Measure this package against its peers, on this machine.", no_args_is_help=True)

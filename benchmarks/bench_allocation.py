@@ -2,7 +2,7 @@
 
     python benchmarks/bench_allocation.py --slots 16 --room 1.15
 
-Requests are those of the Azure 2023 conversation trace (data/azure23_conv_256.csv), all at hand from the beginning, and
+Requests are those of the Azure 2023 conversation trace (paged_cache/bench/data/azure23_conv_256.csv), all at hand from the beginning, and
 shuffled ones behind them. First come, first served: in each step every sequence in a slot gets its next token, a new one
 its whole prompt. Bookkeeping is the real one, there are no keys and values. Tables are looked at every 50 steps, once a
 third of the requests have come.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paged_cache
+from paged_cache.bench.workload import TRACE
 from paged_cache.memory.growth import Growth
 from paged_cache.memory.manager import BlockManager
 from paged_cache.memory.sequence import Sequence
@@ -68,7 +69,7 @@ class Allocation:
 
 def read_requests(count: int, seed: int) -> list[Request]:
     """The trace, then the trace in other orders, until there are enough."""
-    with (FOLDER / "data" / "azure23_conv_256.csv").open() as lines:
+    with TRACE.open() as lines:
         trace = [Request(int(row["prompt"]), int(row["output"])) for row in csv.DictReader(lines)]
     requests, order = list(trace), random.Random(seed)
     while len(requests) < count:

@@ -5,7 +5,7 @@
     python benchmarks/bench_batching.py --profile
     python benchmarks/bench_batching.py --soak 10000
 
-Requests are those of the Azure 2023 conversation trace (data/azure23_conv_256.csv), lengths divided by `--factor`, tokens
+Requests are those of the Azure 2023 conversation trace (paged_cache/bench/data/azure23_conv_256.csv), lengths divided by `--factor`, tokens
 at random, all there at the beginning; with `--shared 256` all prompts start with the same 256 tokens. Everybody generates
 the same number of tokens per request, greedily. One process, rounds in turns; before the first one everybody serves the
 first requests, untimed. Each timed run is compared with the loop, token by token: whoever has other tokens gets no times,
@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 import transformers
-from batching import measuring, models, ours, peers, profiling, report, soak
+from batching import measuring, ours, peers, profiling, report, soak
 from batching.measuring import Candidate, Comparison
-from batching.workload import Workload, make_workload
 from tqdm import tqdm
 
+from paged_cache.bench import models
+from paged_cache.bench.workload import Workload, make_workload
 from roofline.report import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -31,12 +31,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from batching import models
-from batching.measuring import Spread
-from batching.workload import Workload, make_workload
 from tqdm import tqdm
 
 from paged_cache import BlockPool, ContinuousBatcher
+from paged_cache.bench import models
+from paged_cache.bench.results import Spread
+from paged_cache.bench.workload import Workload, make_workload
 from roofline.report import environment
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "lora.json"

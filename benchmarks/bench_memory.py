@@ -2,7 +2,7 @@
 
     python benchmarks/bench_memory.py --factor 4 --block-size 16
 
-Requests are the first 256 of the Azure 2023 conversation trace (data/azure23_conv_256.csv), all lengths divided by
+Requests are the first 256 of the Azure 2023 conversation trace (paged_cache/bench/data/azure23_conv_256.csv), all lengths divided by
 `--factor`. Every cache is the real one, fed with random keys and values for one layer; a slot is room for the keys and
 values of one token. `generate` never stores the last token of an answer, and neither does this. DynamicCache and
 StaticCache run padded batches in order of arrival, until the longest answer is complete.
@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 import paged_cache
 from paged_cache import BlockPool, PagedCache, patch
 from paged_cache.assets import MODEL_PATH
+from paged_cache.bench.workload import TRACE
 
 FOLDER = Path(__file__).resolve().parent
 DIM = 8
@@ -78,7 +79,7 @@ class Beams:
 
 def read_requests(factor: float) -> Requests:
     """Prompt and output lengths, divided by `factor`, at least 1."""
-    with (FOLDER / "data" / "azure23_conv_256.csv").open() as lines:
+    with TRACE.open() as lines:
         rows = [(int(row["prompt"]), int(row["output"])) for row in csv.DictReader(lines)]
     return [(max(1, round(prompt / factor)), max(1, round(output / factor))) for prompt, output in rows]
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import transformers
-from batching.models import kv_bytes_per_token, make_model
 
 import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher
+from paged_cache.bench.models import kv_bytes_per_token, make_model
 from paged_cache.demo import count_tokens
 
 FOLDER = Path(__file__).resolve().parent

@@ -3,7 +3,7 @@
     python benchmarks/bench_pipeline.py
     python benchmarks/bench_pipeline.py --model shipped --rounds 3
 
-Prompts are pieces of a Python source with the lengths of the Azure 2023 conversation trace (data/azure23_conv_256.csv)
+Prompts are pieces of a Python source with the lengths of the Azure 2023 conversation trace (paged_cache/bench/data/azure23_conv_256.csv)
 divided by `--factor`, in the trace's order. A random share of the vocabulary ends an answer, so that answers have all
 lengths up to `--max-new-tokens`. One process, rounds in turns, every other one backwards; before the first one everybody
 serves the first prompts, untimed. All records are compared with those of `batch_size=1`: `equal` counts them, and if the
@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import transformers
-from batching.measuring import Spread
-from batching.models import SHIPPED, count_parameters, make_model
-from batching.workload import read_lengths
 from tqdm import tqdm
 from transformers import AutoTokenizer, pipeline
 
 from paged_cache.assets import MODEL_PATH
+from paged_cache.bench.models import SHIPPED, count_parameters, make_model
+from paged_cache.bench.results import Spread
+from paged_cache.bench.workload import read_lengths
 from paged_cache.integrations import paged_pipeline
 from roofline.report import environment
 

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from paged_cache.bench.workload import Workload
+
 from .outcome import Run
-from .workload import Workload
 
 CHECKED = 8  # requests of the round that warms up and checks
 OURS = ("fcfs", "sjf")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from paged_cache import BlockPool, ContinuousBatcher, RequestOutput
+from paged_cache.bench.workload import Workload
 
 from .outcome import Run, Served
-from .workload import Workload
 
 
 @dataclass

@@ -9,8 +9,9 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from paged_cache.bench.workload import Workload
+
 from .outcome import Run, Served
-from .workload import Workload
 
 GENERATE_BATCH = ("generate_batch",) if "page_size" in signature(ContinuousBatchingConfig).parameters else ()
 """Earlier versions of transformers (5.17) have other settings, and are not measured."""

@@ -13,9 +13,9 @@ import torch
 
 from paged_cache import BlockPool, ContinuousBatcher
 from paged_cache.batching import processing
+from paged_cache.bench.workload import Workload
 
 from .ours import Ours
-from .workload import Workload
 
 PROMPT, WARM_UP, STEPS = 64, 16, 200
 LINEAR, ATTENTION, UPDATE, ROTARY = "linear layers", "attention", "cache update", "rotary embedding"

@@ -1,4 +1,4 @@
-"""Requests to be served: traces in `data/`, and seeded generators with published means."""
+"""Requests to be served: traces in `paged_cache/bench/data/`, and seeded generators with published means."""
 
 import csv
 import math
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+from paged_cache.bench.workload import TRACES as FOLDER
+
 WINDOW = 60.0  # seconds in which the rate of arrivals is constant
 
 
@@ -91,7 +91,7 @@ def mixed(rng: random.Random, count: int) -> list[Job]:
 @cache
 def trace(name: str, max_new: int) -> list[Job]:
     """All of a trace, with its own times."""
-    with (DATA / f"{name}_4500.csv").open(encoding="utf-8") as file:
+    with (FOLDER / f"{name}_4500.csv").open(encoding="utf-8") as file:
         return [
             Job(int(row["prompt"]), int(row["output"]), max_new, int(row.get("hit") or 0), time=float(row["t"]))
             for row in csv.DictReader(file)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from paged_cache.bench.workload import Workload, make_workload
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHARED = ("batching", "roofline")
 
@@ -83,8 +85,8 @@ def test_rounds_of_other_settings_are_not_mixed(run):
 
 def test_wrong_tokens_get_no_times(parts):
     """A peer with other tokens is left out, ours end the benchmark, and in 16 bits both are only counted."""
-    measuring, outcome, workload = (parts(name) for name in ("measuring", "outcome", "workload"))
-    task = workload.Workload([[1], [2]], [2, 2])
+    measuring, outcome = (parts(name) for name in ("measuring", "outcome"))
+    task = Workload([[1], [2]], [2, 2])
     right, wrong = served(outcome, [[1, 2], [3, 4]]), served(outcome, [[1, 2], [3, 5]])
     play = lambda who, is_exact: measuring.play(who, task, is_exact, False, lambda name: None)  # noqa: E731
     peer, ours = Fake("padded", wrong), Fake("sjf", wrong)
@@ -117,9 +119,9 @@ def test_times_are_those_of_the_definitions(parts):
     assert report.ratios(comparison) == ["sjf against loop x5.00 [4.00, 6.00] (goal 5: met)"]
 
 
-def test_requests_are_those_of_the_trace(parts):
+def test_requests_are_those_of_the_trace():
     """Lengths are the trace's divided by the factor; shared tokens come on top, and all prompts begin with them."""
-    workload = parts("workload").make_workload(300, 2, 50, num_shared=10, seed=0)
+    workload = make_workload(300, 2, 50, num_shared=10, seed=0)
 
     assert [len(prompt) - 10 for prompt in workload.prompts[:3]] == [187, 198, 440]
     assert workload.num_new[:3] == [22, 54, 28]

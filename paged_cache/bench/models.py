@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from paged_cache.assets import MODEL_PATH
+from ..assets import MODEL_PATH
 
 SHIPPED = "shipped"
 SIZES: dict[str, dict[str, Any]] = {

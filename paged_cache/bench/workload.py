@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACE = Path(__file__).resolve().parents[1] / "data" / "azure23_conv_256.csv"
+TRACES = Path(__file__).resolve().parent / "data"
+TRACE = TRACES / "azure23_conv_256.csv"
 
 
 @dataclass(frozen=True)

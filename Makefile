@@ -19,12 +19,14 @@ BIN     := $(VENV)/bin
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c $(CONSTRAINTS)
 INPUTS  := pyproject.toml constraints-common.txt $(CONSTRAINTS)
-# A stamp says what is installed in VENV: .user is the package with its extras, .dev also what the checks need.
+# A stamp says what is installed in VENV: .user is the package with its extras, .dev also what the checks need,
+# .docs what the documentation needs.
 USER    := $(VENV)/.user
 DEV     := $(VENV)/.dev
+DOCS    := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format type bench wheel clean
+.PHONY: help demo test lint format type docs bench wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +48,9 @@ format: $(DEV)  ## let ruff repair what it can
 type: $(DEV)  ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(DOCS)  ## the documentation as a site, in docs/_build/html
+	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+
 bench: $(DEV)  ## every benchmark, or BENCH=benchmarks/bench_x.py
 	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
 
@@ -54,7 +59,7 @@ wheel: $(DEV)  ## build sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove environments, builds and caches
-	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist docs/_build docs/_repo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -69,4 +74,9 @@ $(USER): $(INPUTS) | $(BIN)/python
 $(DEV): $(INPUTS) | $(BIN)/python
 	@echo "Installing into $(VENV); a few minutes the first time"
 	$(INSTALL) -e '.[all,test,dev]'
+	@touch $(USER) $@
+
+$(DOCS): $(INPUTS) | $(BIN)/python
+	@echo "Installing into $(VENV)"
+	$(INSTALL) -e '.[all,docs]'
 	@touch $(USER) $@

@@ -22,7 +22,7 @@ from .weights import WeightsVersion
 
 
 class BlockPool(SavesPrefixes):
-    """All blocks of one model. Make it with `for_model`; any number of `PagedCache`s may draw from it.
+    """All blocks of one model. Make it with `for_model`; any number of caches (`PagedCache`) may draw from it.
 
     Attributes:
         has_attention_interface: Whether the model's attention goes through transformers' registry; attention that is
@@ -149,7 +149,7 @@ class BlockPool(SavesPrefixes):
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Where blocks are: the devices of all layers, each once."""
+        """The devices that have blocks, in the order of the layers, each once."""
         return self.storage.devices
 
     @property

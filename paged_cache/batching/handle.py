@@ -39,7 +39,7 @@ class RequestHandle:
 
     @property
     def tokens(self) -> list[int]:
-        """What there is so far: tokens of the first sequence; of a beam search none before its end."""
+        """Tokens of the first sequence so far; of a beam search none before its end."""
         return list(self._tokens)
 
     @property

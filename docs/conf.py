@@ -1,0 +1,80 @@
+"""The site of the documentation: `make docs`. Pages are Markdown that reads as well without it."""
+
+import re
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import paged_cache
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+project = "paged-cache"
+author = "The paged-cache contributors"
+release = version = paged_cache.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"paged-cache {version}"
+pygments_style, pygments_dark_style = "friendly", "monokai"
+
+myst_heading_anchors = 4  # links to headings, as on GitHub
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+default_role = "code"  # docstrings mark code as Markdown does
+napoleon_use_ivar = True  # attributes of a class are a list, not entries of the index beside the fields themselves
+napoleon_use_rtype = False
+
+# `nitpicky` reports every type without an entry in this reference. What has none, and why:
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|transformers|numpy|prometheus_client|rich|typer|matplotlib)(\..*)?"),  # others' libraries
+    ("py:.*", r"(collections|pathlib|typing|types|contextlib|asyncio|enum|logging|os)\..*"),  # Python's own
+    ("py:.*", r"(Any|Path|Callable|Iterable|Iterator|Sequence|Mapping|Literal|TracebackType|Self)"),  # the same
+    ("py:.*", r"(str|int|float|bool|bytes|object|None|dict|list|tuple|set|type|Exception|ValueError|TimeoutError|ABC)"),
+    ("py:.*", r"paged_cache\.(?!batching\.output\.|errors\.).*"),  # parts of ours that are not public
+    ("py:.*", r"[a-z_]+"),  # argument and attribute names in docstrings
+]
+
+# Markdown beside the code, copied into the site.
+COPIES = {
+    path: HERE / "_repo" / path.relative_to(ROOT)
+    for pattern in ("*.md", "benchmarks/*.md", "paged_cache/assets/*/*.md", "paged_cache/bench/data/*.md")
+    for path in sorted(ROOT.glob(pattern))
+}
+LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def with_links(text: str, source: Path, page: Path) -> str:
+    """The Markdown of `source` with links that hold on `page`; folders have no page, so they lose theirs."""
+
+    def link(match: re.Match[str]) -> str:
+        text, path, anchor = match.groups(default="")
+        target = (source.parent / path).resolve()
+        return text if target.is_dir() else f"[{text}]({relpath(COPIES.get(target, target), page.parent)}{anchor})"
+
+    return LINK.sub(link, text)
+
+
+def copy_pages(app: Any) -> None:
+    """Write the copies, where they changed."""
+    for source, page in COPIES.items():
+        text = with_links(source.read_text(encoding="utf-8"), source, page)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def read_page(app: Any, name: str, content: list[str]) -> None:
+    """Links of the pages in here lead to the copies."""
+    page = Path(app.env.doc2path(name))
+    if page.suffix == ".md" and page not in COPIES.values():
+        content[0] = with_links(content[0], page, page)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("builder-inited", copy_pages)
+    app.connect("source-read", read_page)

@@ -1,5 +1,6 @@
 """How everything is measured: candidates in turns, first whether they are right, then how long they take."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -78,7 +79,10 @@ def measure(
 
     Raises:
         WrongAnswerError: A candidate of ours is wrong.
+        ValueError: No rounds, names that are not different, or a candidate whose metrics change.
+        Exception: Whatever a candidate of ours raises, or the reference in its first run.
     """
+    _check_arguments([candidate.name for candidate in candidates], rounds, warm_up)
     lines = {candidate.name: Line(case, candidate.name) for candidate in candidates}
     notes: dict[str, str] = {}
     expected: list[Any] = []
@@ -86,6 +90,7 @@ def measure(
         present = [candidate for candidate in candidates if candidate.name not in notes]
         for candidate in present if number % 2 == 0 or not expected else present[::-1]:
             tick(candidate.name)
+            gc.collect()  # nobody pays for what the one before left
             try:
                 sample = candidate.run()
                 expected = expected or [sample.answer]
@@ -96,23 +101,43 @@ def measure(
                 notes[candidate.name] = _note(error)
                 continue
             if number >= warm_up:
-                for metric, value in sample.metrics.items():
-                    lines[candidate.name].metrics.setdefault(metric, []).append(value)
+                _record(lines[candidate.name], sample)
     return [Line(case, name, {}, notes[name]) if name in notes else line for name, line in lines.items()]
 
 
-def alternate(watches: dict[str, Callable[[], float]], seconds: float, most_samples: int = MOST_SAMPLES) -> Samples:
+def _check_arguments(names: list[str], rounds: int, warm_up: int) -> None:
+    if rounds < 1 or warm_up < 0:
+        raise ValueError(f"rounds={rounds} and warm_up={warm_up}: at least 1 and 0 are needed.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"Candidates need names of their own, not {names}.")
+
+
+def _record(line: Line, sample: Sample) -> None:
+    """Appends a round."""
+    if line.metrics and line.metrics.keys() != sample.metrics.keys():
+        raise ValueError(f"{line.candidate} has {sorted(sample.metrics)} now, before it had {sorted(line.metrics)}.")
+    for metric, value in sample.metrics.items():
+        line.metrics.setdefault(metric, []).append(value)
+
+
+def alternate(
+    watches: dict[str, Callable[[], float]], seconds: float, most_samples: int = MOST_SAMPLES, warm_up: int = 1
+) -> Samples:
     """Samples of short calls, in turns for about so many seconds, so that a disturbance hits all of them.
 
     Args:
-        watches: By name; each does its work once and returns how long it took.
+        watches: By name; each does its work once and returns how long it took. Every other round starts with the last.
         seconds: At least five rounds are made however long they take.
         most_samples: Where there are more rounds, neighbouring ones are bundled: their median is one sample.
+        warm_up: Rounds before, whose samples do not count.
     """
     samples: Samples = {name: [] for name in watches}
+    order = list(watches.items())
+    for _, watch in order * warm_up:
+        watch()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
-        for name, watch in watches.items():
+        for name, watch in order if rounds % 2 == 0 else order[::-1]:
             samples[name].append(watch())
         rounds += 1
     return {name: bundle(values, most_samples) for name, values in samples.items()}
@@ -130,7 +155,7 @@ def _ours(name: str, error: Exception) -> Exception:
 
 def _note(error: Exception) -> str:
     kind = "WRONG" if isinstance(error, Wrong) else type(error).__name__
-    return f"{kind}: {str(error).partition(chr(10))[0]}"
+    return f"{kind}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _short(value: Any) -> str:

@@ -234,7 +234,7 @@ class BlockPool(SavesPrefixes):
 
     @property
     def is_compileable(self) -> bool:
-        """Asked by `generate` if the pool itself is passed as `past_key_values`: says what to pass.
+        """Raises, and says what to pass; `generate` asks for it when the pool itself is `past_key_values`.
 
         Raises:
             InvalidRequestError: Always.

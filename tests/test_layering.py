@@ -34,6 +34,7 @@ FLOORS = {
     "paged_cache.prefix_file": 2,
     "paged_cache.prompt": 2,
     "paged_cache.reuse": 2,
+    "paged_cache.row_tensors": 2,
     "paged_cache.saved_prefixes": 2,
     "paged_cache.bits": 1,
     "paged_cache.sizes": 1,
@@ -51,6 +52,7 @@ FLOORS = {
     "paged_cache.kv_memory": 5,
     "paged_cache.loading": 5,
     "paged_cache.picture": 5,
+    "paged_cache.planning": 5,
     "paged_cache.integrations": 5,
 }
 
@@ -94,6 +96,7 @@ OWNERS = {
         "paged_cache.demo",
         "paged_cache.kv_memory",
         "paged_cache.loading",
+        "paged_cache.planning",
         "paged_cache.integrations",
     ],
     "triton": ["paged_cache.kernels"],

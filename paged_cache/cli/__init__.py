@@ -7,6 +7,7 @@ import typer
 
 from . import bench
 from .demo import demo
+from .plan import plan
 
 app = typer.Typer(
     name="paged-cache",
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(plan)
 app.add_typer(bench.app)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..pool import BlockPool
-from .batcher import ContinuousBatcher
+from .batcher import AnyObserver, ContinuousBatcher
+from .events import Observer
 from .handle import RequestHandle
 from .output import RequestOutput
 from .progress import REFRESH_SECONDS, Progress
@@ -146,6 +147,19 @@ class AsyncContinuousBatcher:
     async def drop_adapter(self, name: str) -> None:
         """No new request may name a registered adapter; see `ContinuousBatcher.drop_adapter`."""
         await asyncio.to_thread(self._batcher.drop_adapter, name)
+
+    @property
+    def batcher(self) -> ContinuousBatcher:
+        """The batcher underneath: for observers, and for threads that do not run the event loop."""
+        return self._batcher
+
+    def observe(self, observer: AnyObserver) -> AnyObserver:
+        """Calls `observer` with each event, in the batcher's thread; see `ContinuousBatcher.observe`."""
+        return self._batcher.observe(observer)
+
+    def stop_observing(self, observer: Observer) -> None:
+        """Calls `observer` no more."""
+        self._batcher.stop_observing(observer)
 
     def stats(self) -> BatcherStats:
         """What is under way and what was done so far."""

@@ -2,10 +2,10 @@
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,24 +15,24 @@ from ..pool import BlockPool
 from .adapter_forward import AdapterForward
 from .adapter_store import AdapterStore
 from .engine import Engine
+from .events import Observer
 from .forwards import choose_forward
 from .handle import RequestHandle, cancelling
 from .inputs import InputProcessor
+from .intake import Intake
 from .loop import EngineLoop
-from .options import OWN_OPTIONS, RequestOptions, per_prompt
+from .options import RequestOptions, per_prompt
 from .output import RequestOutput
 from .policy import Policy
 from .pool_memory import PoolMemory
 from .progress import Progress
 from .prompts import as_prompts
-from .request import Request
 from .scheduler import Scheduler
-from .serving import require_different, require_limits, require_served, why_never
+from .serving import limits_for, require_different, require_limits, require_observers, require_served
 from .stats import BatcherStats
+from .stats_logger import StatsLogger, log_interval
 
-DEFAULTS = {"cuda": (256, 8192)}
-"""`max_num_seqs` and `max_num_batched_tokens` by device type;"""
-ELSEWHERE = (32, 512)
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
 class ContinuousBatcher:
@@ -51,6 +51,8 @@ class ContinuousBatcher:
         tokenizer: For prompts of text or chat messages, `stop_strings`, and `RequestOutput.text`.
         lora_modules: Folders of adapters by name, loaded when they are first asked for; see `register_adapter`.
         max_loras: Different adapters that run at once, and most of `lora_modules` in memory; None for any number.
+        observers: Called with what happens; see `observe`.
+        log_stats: Logs a line on throughput, queue and pool every five seconds, or every so many; see `StatsLogger`.
         clock: Seconds, for deadlines, aging and metrics.
 
     Raises:
@@ -70,16 +72,18 @@ class ContinuousBatcher:
         tokenizer: Any = None,
         lora_modules: Mapping[str, str | Path] | None = None,
         max_loras: int | None = None,
+        observers: Iterable[Observer] = (),
+        log_stats: bool | float = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         inner = require_served(model, pool)
+        interval = log_interval(log_stats)
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         require_limits(tokenizer, max_queue_size=max_queue_size, max_loras=max_loras, **limits)
+        observers = require_observers(observers)
         self._adapters = AdapterStore(model, pool, max_loras)
         self._adapters.register(lora_modules or {})
-        default_seqs, default_tokens = DEFAULTS.get(pool.device.type, ELSEWHERE)
-        self.pool, self.max_queue_size = pool, max_queue_size
-        self._clock, self._tokenizer = clock, tokenizer
+        self.pool, self.max_queue_size, self.max_loras = pool, max_queue_size, max_loras
         self._unpatch = weakref.finalize(self, hold(inner))
         try:
             chosen: Any = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
@@ -89,11 +93,10 @@ class ContinuousBatcher:
             scheduler = Scheduler(
                 self._memory,
                 policy=policy,
-                max_num_seqs=default_seqs if max_num_seqs is None else max_num_seqs,
-                max_num_batched_tokens=default_tokens if max_num_batched_tokens is None else max_num_batched_tokens,
                 clock=clock,
                 whole_prompts=forward.whole_prompts,
                 max_loras=max_loras,
+                **limits_for(pool.device.type, limits),
             )
         except BaseException:
             self._unpatch()
@@ -102,6 +105,9 @@ class ContinuousBatcher:
         self._engine = Engine(forward, self._memory, scheduler, self._adapters, clock, tokenizer)
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
+        self._intake = Intake(self._inputs, self._engine, self._loop)
+        for observer in [*observers, *([StatsLogger(interval)] if interval else [])]:
+            self._engine.reports.add(observer)
 
     def generate(
         self,
@@ -155,12 +161,13 @@ class ContinuousBatcher:
         self._require_open()
         items = as_prompts(prompts, attention_mask, self._inputs.pad_token_id(options))
         rows = per_prompt(options, len(items))
-        requests = [self._make(*pair, f"prompt {i}: ") for i, pair in enumerate(zip(items, rows, strict=True))]
+        pairs = enumerate(zip(items, rows, strict=True))
+        requests = [self._intake.make_one_of_many(*pair, f"prompt {i}: ", self) for i, pair in pairs]
         require_different(requests)
         handles: list[RequestHandle] = [request.handle for request in requests]
         with cancelling(handles):
             for request in requests:
-                while not (request.handle.done or self._enter(request)):
+                while not (request.handle.done or self._intake.enter(request)):
                     self._loop.wait(lambda: is_left() or self._loop.has_room())
                     if is_left():
                         raise PagedCacheError("nobody waits for these requests any more.")
@@ -203,11 +210,10 @@ class ContinuousBatcher:
         """
         self._require_open()
         options = RequestOptions(request_id, priority, timeout, seed, cache_salt, tenant, expected_tokens, adapter_name)
-        request = self._inputs.make(self._inputs.read(prompt), options, generation_config, generate_kwargs)
-        self._hold(request)
-        if not self._enter(request):
+        request = self._intake.make(prompt, options, generation_config, generate_kwargs, self)
+        if not self._intake.enter(request):
             waiting = f"{self._loop.num_waiting} requests wait, max_queue_size is {self.max_queue_size}"
-            self._engine.reject(request, InvalidRequestError(f"the queue is full: {waiting}."))
+            self._loop.reject(request, InvalidRequestError(f"the queue is full: {waiting}."))
         handle: RequestHandle = request.handle
         return handle
 
@@ -219,6 +225,22 @@ class ContinuousBatcher:
     def stats(self) -> BatcherStats:
         """What is under way and what was done so far."""
         return BatcherStats.of(self._engine, len(self._loop.pending))
+
+    def observe(self, observer: AnyObserver) -> AnyObserver:
+        """Calls `observer` with each `observability.Event` from now on, and returns it.
+
+        Events come in order and one at a time, behind the step that they happened in, from the thread that did it. An
+        observer may submit and cancel requests but not wait for them. One that raises is called no more.
+
+        Raises:
+            InvalidRequestError: It cannot be called.
+        """
+        self._engine.reports.add(*require_observers([observer]))
+        return observer
+
+    def stop_observing(self, observer: Observer) -> None:
+        """Calls `observer` no more."""
+        self._engine.reports.remove(observer)
 
     def register_adapter(self, name: str, path: str | Path) -> None:
         """Requests may name the adapter in this folder from now on; it is loaded when the first of them runs.
@@ -258,39 +280,6 @@ class ContinuousBatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _make(self, prompt: Any, options: dict[str, Any], where: str) -> Request:
-        """One of `generate`'s requests; a prompt that cannot be read is a request that is over."""
-        try:
-            ids, error = self._inputs.read(prompt), None
-        except InvalidRequestError as wrong:
-            ids, error = [0], InvalidRequestError(f"{where}{wrong}")
-        own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}
-        try:
-            request = self._inputs.make(ids, RequestOptions(**own), options.pop("generation_config", None), options)
-        except (InvalidRequestError, ValueError, TypeError) as wrong:
-            wrong.args = (f"{where}{wrong}",)
-            raise
-        self._hold(request)
-        if error is not None:
-            request.prompt_ids = []
-            self._engine.reject(request, error)
-        return request
-
-    def _hold(self, request: Request) -> None:
-        if self._loop.is_under_way(request.request_id):
-            raise InvalidRequestError(f"request_id {request.request_id!r} is under way: every request needs its own.")
-        request.handle = RequestHandle(request.request_id, self._loop.wait, self._loop.cancel, self)
-
-    def _enter(self, request: Request) -> bool:
-        """Whether there was room in the queue; what can never be served needs none and is rejected."""
-        error = why_never(
-            request, self._memory, self._engine.scheduler.max_num_seqs, self._engine.forward.whole_prompts
-        )
-        if error is not None:
-            self._engine.reject(request, error)
-            return True
-        return self._loop.try_enter(request)
 
     def _require_open(self) -> None:
         if self._loop.is_over:

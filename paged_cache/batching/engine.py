@@ -16,6 +16,7 @@ from .deadlines import Deadlines
 from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .processing import OutputProcessor, make_output
+from .reporting import Reports
 from .request import Chunk, Request, Status
 from .scheduler import Scheduler
 
@@ -41,6 +42,7 @@ class Engine:
         requests: Those that are not over, by id.
         finished: How many requests are over, by finish reason.
         outputs: Turns logits into tokens.
+        reports: Who observes, and what happened.
         num_steps, num_tokens: Steps executed, and tokens computed in them.
         peak_blocks: Most blocks in use after a step.
         forward_seconds, step_seconds: Time in the model, and in all.
@@ -59,7 +61,8 @@ class Engine:
         self._clock, self._tokenizer = clock, tokenizer
         self.requests: dict[str, Request] = {}
         self.finished: Counter[str] = Counter()
-        self.outputs = OutputProcessor(forward, memory, scheduler, self.finish)
+        self.reports = Reports(scheduler, memory)
+        self.outputs = OutputProcessor(forward, memory, scheduler, self.reports, self.finish)
         self.num_steps = self.num_tokens = self.peak_blocks = 0
         self.forward_seconds = self.step_seconds = 0.0
         self._budget: int | None = None
@@ -83,6 +86,8 @@ class Engine:
             elif request.number < 0:
                 self._deadlines.add(request)
                 new.append(request)
+        if self.reports.observers:
+            self.reports.queued(new)
         try:
             self._add_new(new)
         except BaseException:
@@ -113,8 +118,11 @@ class Engine:
         with torch.no_grad():
             is_done = self._compute()
         if is_done:
+            end = self._clock()
             self.num_steps += 1
-            self.step_seconds += self._clock() - start
+            self.step_seconds += end - start
+            if self.reports.observers:
+                self.reports.step_done(start, end)
         self.adapters.sweep()
         return is_done
 
@@ -136,6 +144,11 @@ class Engine:
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""
         self._tell(request, "rejected", error)
+
+    def rest(self) -> None:
+        """There is nothing to do."""
+        if self.reports.observers:
+            self.reports.idle(self._clock())
 
     def _forget(self, request: Request) -> bool:
         """Whether the request was not over yet."""
@@ -159,7 +172,11 @@ class Engine:
             if error is not None:
                 kind = type(error).__name__
                 logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, kind, error)
-            request.handle._finish(make_output(request, reason, error, self._clock(), self._tokenizer))
+            now = self._clock()
+            output = make_output(request, reason, error, now, self._tokenizer)
+            if self.reports.observers:
+                self.reports.finished(request, output, now)
+            request.handle._finish(output)
 
     def _compute(self) -> bool:
         """Plans, executes and gives out tokens, again with less if memory runs out; whether that came to its end."""
@@ -167,6 +184,8 @@ class Engine:
         while True:
             self.memory.begin_step(self.scheduler.running)
             plan = self.scheduler.schedule(self._budget)
+            if self.reports.observers:
+                self.reports.planned(plan, self._clock())
             if not plan.chunks:
                 return self._wait_for_blocks()
             self._begin(plan)
@@ -177,8 +196,11 @@ class Engine:
                 self._execute(plan, count)
             except OutOfBlocksError:  # somebody outside the batcher took blocks since the plan was made
                 self._rewind(plan)
-                if self.scheduler.preempt() is None:
+                victim = self.scheduler.preempt()
+                if victim is None:
                     return self._wait_for_blocks()
+                if self.reports.observers:
+                    self.reports.preempted(victim, self._clock())
             except Exception as error:  # noqa: BLE001 (whatever the model raises, the others go on)
                 self._rewind(plan)
                 self._blocked_since = None
@@ -220,15 +242,18 @@ class Engine:
 
     def _execute(self, plan: StepPlan, count: int) -> None:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
+        begun = self._clock() if self.reports.observers else 0.0
         start = time.perf_counter()
         logits = self.forward(plan.chunks)
-        seconds = time.perf_counter() - start
+        seconds, now = time.perf_counter() - start, self._clock()
         self._blocked_since = None
         self.forward_seconds += seconds
         self.num_tokens += count
         self.peak_blocks = max(self.peak_blocks, self.memory.num_blocks - self.memory.num_free)
         self.scheduler.observe_step(seconds, count, kv_tokens)
-        self.outputs.process(plan, logits, self._clock())
+        if self.reports.observers:
+            self.reports.computed(plan.chunks, begun, now)
+        self.outputs.process(plan, logits, now)
 
     def _begin(self, plan: StepPlan) -> None:
         failed = self.adapters.errors(chunk.request for chunk in plan.chunks)

@@ -105,6 +105,11 @@ class EngineLoop:
             with self._exclusive():
                 action()
 
+    def reject(self, request: Request, error: Exception) -> None:
+        """Ends a request that never began."""
+        self._engine.reject(request, error)
+        self._tell()
+
     def step(self) -> bool:
         """One step of the engine; whether anything was computed.
 
@@ -173,6 +178,9 @@ class EngineLoop:
         """Waits for work, or does a step whose errors nobody else would see."""
         if not self.has_work:
             self._wait_for_change(lambda: self.has_work or self.is_over, 1.0)
+            if not self.has_work:
+                self._engine.rest()
+                self._tell()
             return
         try:
             if not self.step():
@@ -203,6 +211,8 @@ class EngineLoop:
     def _require_outside(self) -> None:
         if self._is_inside():
             raise PagedCacheError("a step of the batcher cannot wait for itself: this was called from inside a step.")
+        if self._engine.reports.is_telling:
+            raise PagedCacheError("an observer cannot wait for steps: they wait for it.")
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -244,6 +254,9 @@ class EngineLoop:
                 self._num_waiters -= 1
 
     def _tell(self) -> None:
+        """Observers hear what happened, when no step is under way; then those who wait look again."""
+        if self._engine.reports.untold and not self._is_inside():
+            self._engine.reports.tell()
         if self._num_waiters:
             with self._changed:
                 self._changed.notify_all()

@@ -12,6 +12,7 @@ from .forwards import Forward
 from .output import RequestMetrics, RequestOutput
 from .plan import StepPlan
 from .pool_memory import PoolMemory
+from .reporting import Reports
 from .request import Request
 from .scheduler import Scheduler
 
@@ -27,14 +28,18 @@ class OutputProcessor:
         forward: Is told before rows are forked.
         memory: Forks, selects and releases rows.
         scheduler: Is told of rows that are complete.
+        reports: Are told of tokens.
         finish: Called with a request, its finish reason and its error or None.
 
     Attributes:
         num_generated: Tokens chosen, of all rows.
     """
 
-    def __init__(self, forward: Forward, memory: PoolMemory, scheduler: Scheduler, finish: Finish) -> None:
-        self._forward, self._memory, self._scheduler, self._finish = forward, memory, scheduler, finish
+    def __init__(
+        self, forward: Forward, memory: PoolMemory, scheduler: Scheduler, reports: Reports, finish: Finish
+    ) -> None:
+        self._forward, self._memory, self._scheduler = forward, memory, scheduler
+        self._reports, self._finish = reports, finish
         self.num_generated = 0
 
     def begin(self, request: Request) -> None:
@@ -153,6 +158,8 @@ class OutputProcessor:
 
     def _note(self, request: Request, now: float, count: int) -> None:
         self.num_generated += count
+        if self._reports.observers:
+            self._reports.generated(request, count, now)
         request.last_token_time = now
         if request.first_token_time is None:
             request.first_token_time = now

@@ -101,6 +101,7 @@ class Request:
         decoding: How its tokens are chosen; the engine's.
         handle: What its caller holds; the engine's.
         first_token_time, last_token_time: On the batcher's clock.
+        num_prefilled: Tokens of the prompt that were cached or computed at least once, as far as anybody observes that.
         held: By the id of a row: logits that wait for those of its sisters.
         predicted_tokens, work: What the scheduler expected at arrival: tokens, and seconds of a slot's time.
     """
@@ -128,6 +129,7 @@ class Request:
     handle: Any = None
     first_token_time: float | None = None
     last_token_time: float | None = None
+    num_prefilled: int = 0
     held: dict[int, Any] = field(default_factory=dict)
     predicted_tokens: float = 0.0
     work: float = 0.0

@@ -1,6 +1,7 @@
 """What can be served: by which models, within which limits, and which requests at all."""
 
 from collections import Counter
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -10,8 +11,13 @@ from transformers import PreTrainedModel
 from ..compat import base_model, inputs_of_peft
 from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
 from ..pool import BlockPool
+from .events import Observer
 from .pool_memory import PoolMemory
 from .request import Request
+
+LIMITS = {"cuda": {"max_num_seqs": 256, "max_num_batched_tokens": 8192}}
+"""By device type;"""
+LIMITS_ELSEWHERE = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
 
 
 def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
@@ -55,6 +61,29 @@ def require_limits(tokenizer: Any, **limits: Any) -> None:
         raise InvalidRequestError(
             f"tokenizer={tokenizer!r:.100}: a tokenizer object is needed, AutoTokenizer.from_pretrained(...)."
         )
+
+
+def limits_for(device_type: str, given: dict[str, int | None]) -> dict[str, int]:
+    """What is given, and the default of the device for what is None."""
+    defaults = LIMITS.get(device_type, LIMITS_ELSEWHERE)
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}  # type: ignore[misc]
+
+
+def require_observers(observers: Iterable[Observer]) -> list[Observer]:
+    """A list of them.
+
+    Raises:
+        InvalidRequestError: One cannot be called, or they are no list.
+    """
+    if not isinstance(observers, Iterable):
+        raise InvalidRequestError(f"observers={observers!r:.100}: a list is needed.")
+    found = list(observers)
+    for observer in found:
+        if not callable(observer):
+            raise InvalidRequestError(
+                f"observer {observer!r:.100}: something that can be called with an event is needed."
+            )
+    return found
 
 
 def why_never(request: Request, memory: PoolMemory, max_num_seqs: int, whole_prompts: bool) -> PagedCacheError | None:

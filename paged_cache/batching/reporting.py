@@ -1,0 +1,179 @@
+"""Reports of an engine: events are made where things happen and told to observers behind the step."""
+
+import logging
+import threading
+from collections import deque
+
+from .events import Event, Finished, Generated, Idle, Observer, Preempted, Prefilled, Queued, Scheduled, StepDone
+from .output import RequestOutput
+from .plan import StepPlan
+from .pool_memory import PoolMemory
+from .request import Chunk, Request
+from .scheduler import Scheduler
+
+logger = logging.getLogger("paged_cache")
+
+
+class Reports:
+    """Who observes an engine, and what they have not heard yet.
+
+    The engine asks `if reports.observers` and calls the methods below only then: with nobody there, nothing is done.
+    Observers hear of events in order, one at a time, outside of the engine's locks, from the thread that did the step.
+
+    Args:
+        scheduler, memory: Looked at for `StepDone`.
+
+    Attributes:
+        observers: Those that are called.
+        untold: What they have not heard yet.
+    """
+
+    def __init__(self, scheduler: Scheduler, memory: PoolMemory) -> None:
+        self._scheduler, self._memory = scheduler, memory
+        self.observers: tuple[Observer, ...] = ()
+        self.untold: deque[Event] = deque()
+        self._changing, self._telling = threading.Lock(), threading.Lock()
+        self._teller: int | None = None
+        self._clear()
+
+    def add(self, observer: Observer) -> None:
+        """Calls `observer` with every event from now on."""
+        with self._changing:
+            self.observers = (*self.observers, observer)
+
+    def remove(self, observer: Observer) -> None:
+        """Calls `observer` no more."""
+        with self._changing:
+            self.observers = tuple(other for other in self.observers if other is not observer)
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether this was called by an observer."""
+        return self._teller == threading.get_ident()
+
+    def tell(self) -> None:
+        """Hands out what is untold; returns when that is done, whoever does it. Nothing if an observer calls this."""
+        if not self.untold or self.is_telling:
+            return
+        with self._telling:
+            self._teller = threading.get_ident()
+            try:
+                while self.untold:
+                    try:
+                        for observer in self.observers:
+                            self._call(observer, self.untold[0])
+                    finally:
+                        self.untold.popleft()
+            finally:
+                self._teller = None
+
+    def _call(self, observer: Observer, event: Event) -> None:
+        try:
+            observer(event)
+        except Exception:  # an observer may raise anything; no request is to suffer
+            logger.exception("observer %r failed at %r and is called no more", observer, event)
+            self.remove(observer)
+
+    def queued(self, requests: list[Request]) -> None:
+        """Requests wait for their turn."""
+        for request in requests:
+            self.untold.append(
+                Queued(
+                    request.arrival_time,
+                    request.request_id,
+                    request.num_prompt_tokens,
+                    request.max_new_tokens,
+                    request.num_rows,
+                    request.priority,
+                    request.asked_adapter,
+                )
+            )
+
+    def planned(self, plan: StepPlan, now: float) -> None:
+        """Requests come and go for a step."""
+        for request in plan.preempted:
+            self.preempted(request, now)
+        for request in plan.admitted:
+            is_first = request.first_token_time is None and not request.num_preemptions
+            num_cached = sum(row.num_computed for row in request.rows)
+            num_tokens = sum(row.num_tokens for row in request.rows)
+            self.untold.append(Scheduled(now, request.request_id, num_tokens, num_cached, is_first))
+            if is_first:
+                request.num_prefilled = num_cached
+                self._num_cached += num_cached
+
+    def preempted(self, request: Request, now: float) -> None:
+        """A request lost its blocks."""
+        self.untold.append(Preempted(now, request.request_id, request.num_preemptions))
+
+    def computed(self, chunks: list[Chunk], start: float, now: float) -> None:
+        """A forward came to its end; the tokens are not chosen yet."""
+        prefills: dict[str, tuple[Request, int, int]] = {}
+        for request, row, num_tokens in chunks:
+            self._num_tokens += num_tokens
+            position = row.num_computed - num_tokens
+            if num_tokens == 1 and request.first_token_time is not None and row.num_computed == row.num_tokens:
+                continue  # the token that was chosen last
+            if request.first_token_time is None:
+                self._num_prompt += max(row.num_computed - max(position, request.num_prefilled), 0)
+                request.num_prefilled = max(row.num_computed, request.num_prefilled)
+            _, first, count = prefills.get(request.request_id, (request, position, 0))
+            prefills[request.request_id] = request, first, count + num_tokens
+        self._num_rows += len(chunks)
+        for name, (request, position, count) in prefills.items():
+            is_again = request.first_token_time is not None
+            self.untold.append(Prefilled(now, name, start, position, count, is_again))
+
+    def generated(self, request: Request, num_tokens: int, now: float) -> None:
+        """Tokens of a request are chosen; its times are still those of before."""
+        is_first = request.first_token_time is None
+        before = request.last_token_time
+        seconds = now - (request.arrival_time if before is None else before)
+        self._num_generated += num_tokens
+        self.untold.append(Generated(now, request.request_id, num_tokens, is_first, seconds))
+
+    def finished(self, request: Request, output: RequestOutput, now: float) -> None:
+        """A request is over."""
+        error = output.error
+        self.untold.append(
+            Finished(
+                now,
+                request.request_id,
+                output.finish_reason,
+                None if error is None else f"{type(error).__name__}: {error}",
+                len(output.prompt_ids),
+                output.cached_tokens,
+                sum(map(len, output.sequences)),
+                len(output.sequences) or request.num_rows,
+                request.max_new_tokens,
+                output.metrics,
+            )
+        )
+
+    def step_done(self, start: float, now: float) -> None:
+        """A step came to its end."""
+        self.untold.append(
+            StepDone(
+                now,
+                start,
+                self._num_tokens,
+                self._num_prompt,
+                self._num_cached,
+                self._num_generated,
+                self._num_rows,
+                self._scheduler.num_running,
+                self._scheduler.num_waiting,
+                self._memory.num_blocks - self._memory.num_free,
+                self._memory.num_blocks,
+            )
+        )
+        self._clear()
+
+    def idle(self, now: float) -> None:
+        """There is nothing to do."""
+        memory = self._memory
+        self.untold.append(Idle(now, memory.num_blocks - memory.num_free, memory.num_blocks))
+
+    def _clear(self) -> None:
+        """The next step begins."""
+        self._num_tokens = self._num_prompt = self._num_cached = self._num_generated = self._num_rows = 0

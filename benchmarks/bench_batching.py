@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from paged_cache.bench import models
 from paged_cache.bench.workload import Workload, make_workload
-from roofline.report import environment
+from paged_cache.bench.results import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = ("loop", "padded", *peers.GENERATE_BATCH, *measuring.OURS)

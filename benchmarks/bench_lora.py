@@ -37,7 +37,7 @@ from paged_cache import BlockPool, ContinuousBatcher
 from paged_cache.bench import models
 from paged_cache.bench.results import Spread
 from paged_cache.bench.workload import Workload, make_workload
-from roofline.report import environment
+from paged_cache.bench.results import environment
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "lora.json"
 QUICK = {"model": "tiny", "requests": 6, "adapters": [1, 3], "rounds": 1, "factor": 40.0}

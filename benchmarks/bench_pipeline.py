@@ -32,7 +32,7 @@ from paged_cache.bench.models import SHIPPED, count_parameters, make_model
 from paged_cache.bench.results import Spread
 from paged_cache.bench.workload import read_lengths
 from paged_cache.integrations import paged_pipeline
-from roofline.report import environment
+from paged_cache.bench.results import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGED, ONE = "paged", "batch_size=1"

@@ -2,4 +2,9 @@
 
 import typer
 
+from .kernels import kernels
+from .scheduling import scheduling
+
 app = typer.Typer(name="bench", help="Measure this package against its peers, on this machine.", no_args_is_help=True)
+app.command()(kernels)
+app.command()(scheduling)

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from paged_cache.kernels import reference
-from paged_cache.kernels.quantized import quantize
-from paged_cache.memory.layout import LayerSpec, plan_layout
-from paged_cache.memory.storage import KVStorage, LayerBlocks
-
+from ...kernels import reference
+from ...kernels.quantized import quantize
+from ...memory.layout import LayerSpec, plan_layout
+from ...memory.storage import KVStorage, LayerBlocks
 from .shapes import Group, Shape
 
 Pair = tuple[torch.Tensor, torch.Tensor]

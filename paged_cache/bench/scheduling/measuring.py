@@ -24,6 +24,19 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "sjf, reversed": {"policy": "sjf", "predictions": "reversed"},
     "sjf-no-aging, reversed": {"policy": "sjf-no-aging", "predictions": "reversed"},
 }
+RATIOS = {
+    "mean": "mean_e2el_ratio",
+    "p99": "p99_e2el_ratio",
+    "per_token": "mean_e2el_per_token_ratio",
+    "ttft": "mean_ttft_ratio",
+    "max_wait": "max_wait_ratio",
+    "throughput": "output_throughput_ratio",
+}
+"""What tables call them: ratios to strict first come, first served."""
+
+OTHER_BASELINE = "_to_first_fit"
+"""Behind the names of ratios to that one."""
+
 METRICS = ("mean", "p99", "per_token", "ttft", "max_wait", "throughput")
 
 

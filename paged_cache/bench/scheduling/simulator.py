@@ -4,9 +4,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from paged_cache.batching.request import Chunk, Request
-from paged_cache.batching.scheduler import Prefix, Scheduler, StepPlan
-
+from ...batching.request import Chunk, Request
+from ...batching.scheduler import Prefix, Scheduler, StepPlan
 from .workloads import Job
 
 

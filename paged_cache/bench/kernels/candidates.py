@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
 
-from paged_cache.kernels import dispatch, paged_attention
-
+from ...kernels import dispatch, paged_attention
 from .problem import Problem
 from .shapes import Group
 
@@ -34,6 +33,11 @@ OPPONENT = {"sdpa": PAGED, "varlen": PAGED, "gather+sdpa": PAGED, "dynamic": WRI
 
 Setting = tuple[str, int]
 """Another value for a constant of the package, `("kernels.cpu.attention.SERIAL_BYTES", 0)`, or for a field of Triton's `Config`."""
+
+
+def variant(setting: Setting) -> str:
+    """A candidate's name: ours with another value of a constant."""
+    return f"{PAGED} {setting[0].rpartition('.')[2]}={setting[1]}"
 
 
 def plain_read(problem: Problem) -> Candidate:
@@ -61,7 +65,7 @@ def candidates(problem: Problem, settings: list[Setting]) -> dict[str, Callable[
     shape, is_cpu = problem.shape, problem.device.type == "cpu"
     result: dict[str, Callable[[], Candidate]] = {PAGED: lambda: paged(problem)}
     for setting in settings:
-        result[f"{PAGED} {setting[0].rpartition('.')[2]}={setting[1]}"] = partial(changed, problem, setting)
+        result[variant(setting)] = partial(changed, problem, setting)
     result["sdpa"] = lambda: sdpa(problem)
     if shape.section == "decode" and is_cpu:
         result |= {WRITE: lambda: write_and_attend(problem), "dynamic": lambda: dynamic(problem)}

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +38,11 @@ class Ceilings:
     cached: float
     copy: float
     gflops: dict[str, float]
+
+    @property
+    def doubt(self) -> str:
+        """Why `read` may be too low: a reduction that is not much faster in the cache does not show what memory can do."""
+        return "" if self.cached > 1.3 * self.read else "the reduction may be the limit, not the memory"
 
 
 class Machine(Protocol):
@@ -77,8 +81,8 @@ class Cpu:
         self.threads, self.is_cold, self.cache_bytes = threads, is_cold, _last_level_cache()
 
     def describe(self) -> dict[str, Any]:
-        """Processor, threads, and what else runs."""
-        return {"device": f"cpu, {_processor()}", "threads": self.threads, "load": round(os.getloadavg()[0], 2)}
+        """Cores; the rest is said of every benchmark."""
+        return {"cores": os.cpu_count()}
 
     def free_bytes(self) -> int:
         """Without swapping."""
@@ -273,10 +277,3 @@ def _last_level_cache() -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 2**10, "M": 2**20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {platform.machine()}"

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..results import Results
+from .assembling import timings
 from .machines import Ceilings
-from .measuring import Result
+from .timing import Timing
 
 COLOURS = {"float32": "#1f77b4", "bfloat16": "#d95f02", "int8": "#2ca02c", "float8_e4m3fn": "#9467bd"}
 MARKERS = {"decode": "o", "prefill": "s", "chunk": "D", "mixed": "^", "step": "v"}  # all else is some kind of decode
@@ -17,13 +19,11 @@ FEWEST_SIZES = 3  # of a model's heads, for a panel of their own
 Heads = tuple[int, int, int]
 
 
-def draw(results: list[Result], ceilings: Ceilings, found: dict[str, Any], path: Path) -> Path:
+def draw(found: Results, path: Path) -> Path:
     """Writes a PNG: a panel for each shape of heads with several sizes, then the roofline.
 
     Args:
-        results: Lines without times are left out.
-        ceilings: Drawn as lines.
-        found: What the title says: device, threads, versions, commit.
+        found: Of `bench kernels`. Shapes without times are left out; the ceilings are drawn as lines.
         path: Where to.
 
     Returns:
@@ -31,43 +31,42 @@ def draw(results: list[Result], ceilings: Ceilings, found: dict[str, Any], path:
     """
     from matplotlib.figure import Figure  # optional, and without pyplot: no window, no global state
 
-    results = [result for result in results if result.times]
+    results = [timing for timing in timings(found) if timing.times]
+    ceilings, kind, where = Ceilings(**found.details["ceilings"]), found.settings["device"], found.environment
     panels = _panels(results)
     columns = 2 if panels else 1
     rows = math.ceil((len(panels) + 1) / columns)
     figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for ax, (heads, lines) in zip(axes, panels.items(), strict=False):
-        _bandwidth(ax, heads, lines, ceilings, found["kind"])
-    _roofline(axes[len(panels)], results, ceilings, found["kind"])
+        _bandwidth(ax, heads, lines, ceilings, kind)
+    _roofline(axes[len(panels)], results, ceilings, kind)
     for ax in axes[len(panels) + 1 :]:
         ax.axis("off")
-    threads = f", threads: {found['threads']}" if "threads" in found else ""
-    figure.suptitle(
-        f"Attention over blocks: {found['device']}{threads}; torch {found['versions']['torch']}, {found['commit']}"
-    )
+    title = f"Attention over blocks: {where['device']}, threads: {where['threads']}"
+    figure.suptitle(f"{title}; torch {where['versions']['torch']}, {where['commit']}")
     figure.savefig(path, dpi=120)
     return path
 
 
-def _panels(results: list[Result]) -> dict[Heads, list[Result]]:
+def _panels(results: list[Timing]) -> dict[Heads, list[Timing]]:
     """Decode, by heads."""
-    found: dict[Heads, list[Result]] = defaultdict(list)
+    found: dict[Heads, list[Timing]] = defaultdict(list)
     for result in results:
         if result.shape.q_len == 1 and not result.shape.first and not result.shape.window:
             found[result.shape.heads, result.shape.kv_heads, result.shape.dim].append(result)
-    return {heads: lines for heads, lines in found.items() if len({x.kv_bytes for x in lines}) >= FEWEST_SIZES}
+    return {heads: lines for heads, lines in found.items() if len({x.shape.kv_bytes for x in lines}) >= FEWEST_SIZES}
 
 
-def _bandwidth(ax: Any, heads: Heads, lines: list[Result], ceilings: Ceilings, kind: str) -> None:
+def _bandwidth(ax: Any, heads: Heads, lines: list[Timing], ceilings: Ceilings, kind: str) -> None:
     limit, name = (ceilings.read, "read") if kind == "cpu" else (ceilings.copy, "copy")
     top = limit
     for dtype, colour in COLOURS.items():
         own = [x for x in lines if (x.shape.kv_dtype or x.shape.dtype) == dtype]
-        ours = [(x.kv_bytes, x.bandwidth) for x in own if x.shape.section != "scattered"]
-        scattered = [(x.kv_bytes, x.bandwidth) for x in own if x.shape.section == "scattered"]
+        ours = [(x.shape.kv_bytes, x.bandwidth) for x in own if x.shape.section != "scattered"]
+        scattered = [(x.shape.kv_bytes, x.bandwidth) for x in own if x.shape.section == "scattered"]
         peers = [
-            (x.kv_bytes, x.kv_bytes / x.times["sdpa"].median / 1e3)
+            (x.shape.kv_bytes, x.shape.kv_bytes / x.times["sdpa"] / 1e3)
             for x in own
             if "sdpa" in x.times and not x.shape.kv_dtype
         ]
@@ -90,9 +89,9 @@ def _bandwidth(ax: Any, heads: Heads, lines: list[Result], ceilings: Ceilings, k
     ax.legend(fontsize=8, loc="upper left", ncols=2)
 
 
-def _roofline(ax: Any, results: list[Result], ceilings: Ceilings, kind: str) -> None:
+def _roofline(ax: Any, results: list[Timing], ceilings: Ceilings, kind: str) -> None:
     limit = ceilings.read if kind == "cpu" else ceilings.copy
-    x = [result.flops / result.nbytes for result in results]
+    x = [result.shape.flops / result.shape.nbytes for result in results]
     left, right = min(x) / 1.6, max(*x, 2 * max(ceilings.gflops.values()) / limit)
     for dtype, peak in ceilings.gflops.items():
         ax.plot([left, peak / limit, right], [left * limit, peak, peak], color=COLOURS[dtype], linewidth=1)
@@ -104,9 +103,12 @@ def _roofline(ax: Any, results: list[Result], ceilings: Ceilings, kind: str) -> 
     for result in results:
         section = result.shape.section if result.shape.section in MARKERS else "decode"
         colour = COLOURS[result.shape.kv_dtype or result.shape.dtype]
-        place, style = result.flops / result.nbytes, {"marker": MARKERS[section], "color": colour, "markersize": 4}
+        place, style = (
+            result.shape.flops / result.shape.nbytes,
+            {"marker": MARKERS[section], "color": colour, "markersize": 4},
+        )
         if "sdpa" in result.times and section != "decode":  # in the other panels
-            theirs = result.flops / result.times["sdpa"].median / 1e3
+            theirs = result.shape.flops / result.times["sdpa"] / 1e3
             ax.plot(place, theirs, **style, fillstyle="none", linestyle="none")
         ax.plot(place, result.gflops, **style, linestyle="none")
         labels.add(section)

@@ -4,9 +4,8 @@ import random
 import time
 from statistics import median
 
-from paged_cache.batching.request import Request
-from paged_cache.batching.scheduler import Scheduler
-
+from ...batching.request import Request
+from ...batching.scheduler import Scheduler
 from .simulator import SimulatedMemory, SimulatedRow
 
 SLOTS = 32

@@ -1,1 +1,0 @@
-"""Scheduling measured: workloads, an engine in virtual time, references, tables."""

@@ -1,0 +1,1 @@
+"""Attention over blocks against what the machine can do, and against attention without blocks."""

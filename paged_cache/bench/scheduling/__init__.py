@@ -1,0 +1,1 @@
+"""Scheduling measured: workloads, an engine in virtual time, references."""

@@ -50,12 +50,7 @@ class Grid:
 def show(results: Results, console: Console) -> None:
     """Prints what was found: samples, ratios, goals, and what they depend on."""
     console.print(Text(results.title, style="bold"))
-    for grid in grids(results):
-        if grid.rows:
-            console.print()
-            _print(grid, console)
-            for note in grid.notes:
-                console.print(Text(note, style="yellow"))
+    show_grids(results, console)
     verdicts = list(results.verdicts())
     if verdicts:
         console.print()
@@ -65,6 +60,16 @@ def show(results: Results, console: Console) -> None:
     console.print(Text(f"\n{environment_line(results)}", style="dim"))
     if warning(results):
         console.print(Text(warning(results), style="bold red"))
+
+
+def show_grids(results: Results, console: Console) -> None:
+    """Prints samples and ratios alone."""
+    for grid in grids(results):
+        if grid.rows:
+            console.print()
+            _print(grid, console)
+            for note in grid.notes:
+                console.print(Text(note, style="yellow"))
 
 
 def markdown(results: Results) -> str:

@@ -35,7 +35,7 @@ def load(
         InvalidRequestError: There is no such model, or it lacks a part.
         UnsupportedModelError: The model does not predict the next token from those before it.
     """
-    with _quiet():
+    with quiet():
         _require_language_model(name)
         tokenizer = _load_tokenizer(name, needs_tokenizer)
         model = _load(AutoModelForCausalLM, name, "model", dtype=dtype).eval().to(device)
@@ -114,7 +114,7 @@ def _let_pad(tokenizer: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hushes transformers' warnings and progress bars."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -47,6 +47,7 @@ FLOORS = {
     "paged_cache.__main__": 6,
     "paged_cache.bench": 5,
     "paged_cache.cli": 6,
+    "paged_cache.compare": 5,
     "paged_cache.demo": 5,
     "paged_cache.demo_report": 5,
     "paged_cache.kv_memory": 5,
@@ -93,6 +94,7 @@ OWNERS = {
         "paged_cache.compat",
         *(name for name, floor in FLOORS.items() if floor in (2, 3)),
         "paged_cache.bench",
+        "paged_cache.compare",
         "paged_cache.demo",
         "paged_cache.kv_memory",
         "paged_cache.loading",
@@ -103,8 +105,14 @@ OWNERS = {
     "numba": ["paged_cache.kernels"],
     "peft": ["paged_cache.adapters.folders", "paged_cache.integrations"],
     "accelerate": [],
-    "matplotlib": ["paged_cache.picture"],
-    "rich": ["paged_cache.bench.tables", "paged_cache.cli", "paged_cache.demo_report", "paged_cache.picture"],
+    "matplotlib": ["paged_cache.compare.page", "paged_cache.compare.panels", "paged_cache.picture"],
+    "rich": [
+        "paged_cache.bench.tables",
+        "paged_cache.cli",
+        "paged_cache.compare.report",
+        "paged_cache.demo_report",
+        "paged_cache.picture",
+    ],
     "typer": ["paged_cache.cli"],
 }
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from . import bench
+from .compare import compare
 from .demo import demo
 from .plan import plan
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(compare)
 app.command()(plan)
 app.add_typer(bench.app)
 

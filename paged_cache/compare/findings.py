@@ -1,0 +1,49 @@
+"""What the numbers say, in sentences."""
+
+from ..bench.metrics import Metric
+from ..bench.results import Case, Results
+from .caches import Dynamic, NoCache, Paged, Static
+from .concurrency import OURS
+from .measuring import BATCH, CONCURRENCY, CONTEXT, faults, part
+
+PAGED, SERVED = Paged.name, OURS[0]
+
+
+def findings(results: Results) -> list[str]:
+    """For people, the most important first: tokens, memory, the price of a step, requests at once."""
+    found = [_tokens(results)]
+    if case := _last(results, BATCH):
+        found += _compared(results, case, "reserved_bytes", PAGED, [Static.name, Dynamic.name])
+    if case := _last(results, CONTEXT):
+        found += _compared(results, case, "mean_tpot_ms", PAGED, [NoCache.name, Dynamic.name])
+    if case := _last(results, CONCURRENCY):
+        found += _compared(results, case, "output_throughput", SERVED, part(results, CONCURRENCY).candidates())
+    return found + [f"Left out: {what} ({why})." for what, why in results.details.get("left_out", {}).items()]
+
+
+def _tokens(results: Results) -> str:
+    if wrong := faults(results):
+        return "NOT the tokens of the reference: " + "; ".join(wrong)
+    values = [x for line in results.lines if line.candidate in results.ours for x in line.metrics["identical_percent"]]
+    if min(values) == 100:
+        return f"All tokens of {PAGED} and of the batcher are those of DynamicCache, unpadded and alone."
+    return f"In {results.settings['dtype']}, {min(values):.0f} % or more of the rows are those of DynamicCache, alone."
+
+
+def _last(results: Results, key: str) -> Case | None:
+    """The largest case of a part."""
+    cases = part(results, key).cases()
+    return max(cases, key=lambda case: case[key], default=None)
+
+
+def _compared(results: Results, case: Case, name: str, ours: str, peers: list[str]) -> list[str]:
+    line, metric = results.line(case, ours), Metric(name)
+    if line is None or name not in line.metrics:
+        return []
+    ratios = {peer: results.ratio(case, name, ours, peer) for peer in peers if peer != ours}
+    words = [f"{metric.words(ratio.median)} than {peer}" for peer, ratio in ratios.items() if ratio]
+    words = [text.replace("the same than", "the same as") for text in words]
+    ((key, value),) = case.items()
+    return [
+        f"{key.replace('_', ' ')} {value}, {metric.label}: {ours} {metric.number(line.spread(name).median)}, {', '.join(words)}."
+    ]

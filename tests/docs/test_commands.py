@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer.core
+import typer.main
 
+from paged_cache.cli import app
 from tests.docs.pages import ROOT, blocks, name, pages, prose
 
 PROGRAM = re.compile(r"^(?:\.venv[\w-]*/bin/)?(paged-cache|python|make|pip|\.ci/run|git|pre-commit)(?= |$)")
@@ -73,7 +76,8 @@ def reads_arguments(script: Path) -> bool:
     """Whether a script, or a module beside it that it imports, has a parser."""
     text = script.read_text(encoding="utf-8")
     beside = [script.with_name(f"{module}.py") for module in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)]
-    return any("parse_args" in path.read_text(encoding="utf-8") for path in [script, *beside] if path.is_file())
+    files = [path for path in [script, *beside] if path.is_file()]
+    return any(re.search(r"parse_args|typer\.run|app\(\)", path.read_text(encoding="utf-8")) for path in files)
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +88,11 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
         parse(self, *args)
         raise Parsed
 
+    def stop(*_: Any) -> None:
+        raise Parsed
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(typer.core.TyperCommand, "invoke", stop)
 
 
 def forget_neighbours(folder: Path) -> None:
@@ -98,10 +106,6 @@ def forget_neighbours(folder: Path) -> None:
 @pytest.mark.parametrize("command", commands("paged-cache"), ids=label)
 def test_paged_cache_takes_the_options(command: Command) -> None:
     """A subcommand with these options and arguments exists."""
-    import typer.main
-
-    from paged_cache.cli import app
-
     runs: list[str] = []
 
     def without_work(group: Any) -> None:

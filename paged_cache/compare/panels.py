@@ -98,8 +98,8 @@ def _fragmentation(axes: "Axes", results: Results) -> None:
         axes.text(used + wasted, y, f"  {wasted / (used + wasted):.0%} wasted", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(lines)), [line.candidate for line in reversed(lines)])
     axes.set(xlabel=f"MiB of K and V, {case[BATCH]} rows", xlim=(0, 1.3 * axes.get_xlim()[1]))
-    axes.bar([0], [0], color=INK, label="holds tokens of a text")
-    axes.bar([0], [0], color="white", edgecolor=INK, hatch="////", label="reserved for nothing")
+    axes.barh(0, 0, 0, color=INK, linewidth=0, label="holds tokens of a text")
+    axes.barh(0, 0, 0, color="white", edgecolor=INK, hatch="////", linewidth=0, label="reserved for nothing")
     _label(axes)
 
 
@@ -152,16 +152,16 @@ def _lines(
 
 
 def _logarithmic(axes: "Axes", results: Results, key: str, x: str, y: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     values = sorted({case[key] for case in results.cases()})
     axes.set_xticks(values, [f"{value:,}" for value in values])
-    axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=x, ylabel=y)
     _label(axes)
 

@@ -127,11 +127,19 @@ def _layer_spec(window: int | None, config: PreTrainedConfig) -> LayerSpec:
     if rank is not None:  # MLA caches the latent as key, the rotary part as value, and expands them after `update`
         return LayerSpec(window, 1, rank, 1, _first(config, ("qk_rope_head_dim",), 0))
     num_heads = _first(config, ("decoder_attention_heads", "num_attention_heads"), 1)
-    num_kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads"), num_heads)
+    num_kv_heads = _num_kv_heads(config, num_heads)
     head_dim = _first(config, ("head_dim", "d_kv"), None)
     if head_dim is None:
         head_dim = _first(config, ("hidden_size",), num_heads) // num_heads
     return LayerSpec(window, num_kv_heads, head_dim, num_kv_heads, _first(config, ("v_head_dim",), head_dim))
+
+
+def _num_kv_heads(config: PreTrainedConfig, num_heads: int) -> int:
+    if getattr(config, "new_decoder_architecture", False):
+        return num_heads  # Falcon copies K and V to all heads before `update`
+    if getattr(config, "multi_query", False):
+        return 1
+    return int(_first(config, ("num_key_value_heads", "num_kv_heads"), num_heads))
 
 
 def _first(config: PreTrainedConfig, names: tuple[str, ...], default: Any) -> Any:

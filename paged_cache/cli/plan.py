@@ -80,7 +80,7 @@ def plan(
 
 
 def _share_or_size(memory: str) -> str | float | None:
-    """ "0.9" is a share of the free memory, "24GiB" a size."""
+    """A number up to 1 is a share of the free memory; anything else is a size."""
     try:
         return float(memory) if float(memory) <= 1 else memory
     except ValueError:

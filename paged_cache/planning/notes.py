@@ -9,13 +9,14 @@ from ..memory.layout import PoolLayout
 from ..model_spec import ModelSpec, cache_layers
 from .kinds import format_bytes
 from .requests import Lengths
-from .states import States
+from .states import Probe, States
 
 
 def notes_on(
     config: PreTrainedConfig,
     spec: ModelSpec,
     layout: PoolLayout,
+    probed: Probe | None,
     states: States | None,
     limit: int | None,
     context: int,
@@ -24,6 +25,7 @@ def notes_on(
     """Sentences about layers without K and V, groups, states, sharing and the context; those that apply."""
     return (
         *_on_layers(config, spec, states),
+        *_on_shapes(probed, spec),
         *_on_groups(layout),
         *_on_sharing(spec, lengths),
         *_on_context(limit, context),
@@ -49,6 +51,17 @@ def _on_layers(config: PreTrainedConfig, spec: ModelSpec, states: States | None)
         yield f"{num_shared} layers use K and V of earlier layers and keep none."
     if config.is_encoder_decoder:
         yield "Cross-attention keeps K and V of the encoder's output besides; they are in no block and not counted."
+
+
+def _on_shapes(probed: Probe | None, spec: ModelSpec) -> Iterator[str]:
+    if probed is not None and probed.layers:
+        index, real = next(iter(probed.layers.items()))
+        numel = sum(layer.key_numel + layer.value_numel for layer in (spec.layers | probed.layers).values())
+        yield (
+            f"The model's code gives {len(probed.layers)} layers other shapes than the config tells, layer {index} for example K of "
+            f"{real.key_heads} × {real.key_dim} and V of {real.value_heads} × {real.value_dim}: a pool follows at its first forward, "
+            f"with as many blocks; then a token takes {numel:,} numbers. Give num_blocks rather than memory."
+        )
 
 
 def _on_groups(layout: PoolLayout) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """From a config and an amount of memory to blocks, tokens and requests."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import InvalidRequestError, UnsupportedModelError
-from ..memory.layout import PoolLayout, plan_layout
+from ..memory.layout import plan_layout
 from ..memory.storage import itemsizes
 from ..memory.windows import Windows
 from ..model_spec import ModelSpec, model_spec
@@ -18,7 +18,7 @@ from .configs import check_generates, dtype_of, max_positions, read_config
 from .kinds import LayerKind, format_bytes, layer_kinds
 from .notes import notes_on
 from .requests import ContextLine, Lengths, Room, Way, contexts_up_to
-from .states import States, states_of
+from .states import Probe, States, has_states, probe
 from .weights import Weights, meta_model, require_generator, weights_of
 
 UNKNOWN_CONTEXT = 4096
@@ -147,7 +147,8 @@ def plan(
     model_dtype, stored = check_dtypes(None, kv_dtype, model_dtype)
     total, reserve = _memory(memory, overhead)
     spec = _spec(config)
-    weights, states = _model(config, model_dtype, weights_memory, with_weights)
+    weights, probed = _model(config, spec, model_dtype, weights_memory, with_weights)
+    states = probed.states if probed is not None else None if has_states(spec) else States()
     available = _available(total, reserve, weights)
     layout = plan_layout(spec.layers)
     block_nbytes = layout.entry_bytes_per_token(*itemsizes(stored)) * block_size
@@ -167,7 +168,7 @@ def plan(
         config.model_type, total, model_dtype, dtype_source, stored, weights, reserve, available, kinds,
         layout.bytes_per_token(*itemsizes(stored)), states, layout.windows, block_size, block_nbytes, num_blocks, pool_memory,
         num_blocks // len(layout.windows) * block_size, context, lengths, room.contiguous(lengths), room.padded(lengths), paged,
-        room.lines(contexts_up_to(context)), notes_on(config, spec, layout, states, limit, context, lengths),
+        room.lines(contexts_up_to(context)), notes_on(config, spec, layout, probed, states, limit, context, lengths),
     )  # fmt: skip
 
 
@@ -196,24 +197,21 @@ def _spec(config: PreTrainedConfig) -> ModelSpec:
 
 
 def _model(
-    config: PreTrainedConfig, dtype: torch.dtype, weights_memory: Any, with_weights: bool
-) -> tuple[Weights, States | None]:
-    """Weights and states, from the model on the meta device."""
-    given = parse_memory(weights_memory, torch.device("cpu"), "weights_memory") if weights_memory is not None else None
+    config: PreTrainedConfig, spec: ModelSpec, dtype: torch.dtype, weights_memory: Any, with_weights: bool
+) -> tuple[Weights, Probe | None]:
+    """Weights, and what a forward leaves in a cache, from the model on the meta device."""
+    nbytes = 0 if not with_weights else None
+    note = "not in this memory"
+    if with_weights and weights_memory is not None:
+        nbytes, note = parse_memory(weights_memory, torch.device("cpu"), "weights_memory"), "as given"
     try:
         model = meta_model(config, dtype)
     except UnsupportedModelError as error:
-        if with_weights and given is None:
+        if nbytes is None:
             raise UnsupportedModelError(f"{error} Without it weights cannot be counted: say weights_memory.") from error
-        model = None
-    states = states_of(model, config) if model is not None else None
-    counted = weights_of(model, config, dtype) if model is not None else None
-    if not with_weights:
-        return Weights(counted.num_parameters if counted else None, 0, "not in this memory"), states
-    if given is not None:
-        return Weights(counted.num_parameters if counted else None, given, "as given"), states
-    assert counted is not None  # otherwise the error above
-    return counted, states
+        return Weights(None, nbytes, note), None
+    weights = weights_of(model, config, dtype)
+    return weights if nbytes is None else replace(weights, nbytes=nbytes, note=note), probe(model, spec)
 
 
 def _available(total: int, reserve: int, weights: Weights) -> int:

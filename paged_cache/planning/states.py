@@ -1,15 +1,18 @@
-"""What a cache keeps besides K and V: a forward on the meta device tells, since every architecture has its own states."""
+"""What a cache really holds: a forward on the meta device tells, since every architecture has its own states."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..compat import text_config
+from ..compat import DummyLayer
+from ..memory.layout import LayerSpec
+from ..model_spec import ModelSpec, cache_layers
 
 _KEYS_AND_VALUES = ("keys", "values")
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,57 @@ class States:
     bytes_per_token: int = 0
 
 
-def states_of(model: torch.nn.Module, config: Any) -> States | None:
-    """The states of one sequence; None where the model's code cannot run without values."""
+@dataclass(frozen=True)
+class Probe:
+    """What a forward left in transformers' own cache.
+
+    Attributes:
+        states: Besides K and V.
+        layers: Layers whose K and V have another shape than the config tells, as they are.
+    """
+
+    states: States
+    layers: dict[int, LayerSpec]
+
+
+def has_states(spec: ModelSpec) -> bool:
+    """Whether layers may keep more than K and V."""
+    return any(type(layer) not in _PLAIN for layer in cache_layers(spec.config))
+
+
+def probe(model: torch.nn.Module, spec: ModelSpec) -> Probe | None:
+    """What the model's code puts into a cache; None where it cannot run on tensors without values."""
     try:
-        first, second = (_other_bytes(model, config, num_tokens) for num_tokens in (2, 3))
+        first, second = (_fill(model, spec, num_tokens) for num_tokens in (2, 3))
     except Exception:  # noqa: BLE001 - the code of any model: there is no telling what it raises on tensors without values
         return None
-    return States(first - 2 * (second - first), second - first)
+    small, large = _other_bytes(first), _other_bytes(second)
+    return Probe(States(small - 2 * (large - small), large - small), _differing(first, spec))
 
 
 @torch.no_grad()
-def _other_bytes(model: torch.nn.Module, config: Any, num_tokens: int) -> int:
-    """Bytes besides K and V that a cache holds after so many tokens."""
-    cache = DynamicCache(config=text_config(config))
+def _fill(model: torch.nn.Module, spec: ModelSpec, num_tokens: int) -> DynamicCache:
+    cache = DynamicCache(config=spec.config)
     model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True)
-    tensors = [tensor for layer in cache.layers for name, value in vars(layer).items() if name not in _KEYS_AND_VALUES
-               for tensor in _tensors(value)]  # fmt: skip
+    return cache
+
+
+def _other_bytes(cache: DynamicCache) -> int:
+    held = (value for layer in cache.layers for name, value in vars(layer).items() if name not in _KEYS_AND_VALUES)
+    tensors = [tensor for value in held for tensor in _tensors(value)]
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors if tensor.ndim)  # numbers are bookkeeping
+
+
+def _differing(cache: DynamicCache, spec: ModelSpec) -> dict[int, LayerSpec]:
+    found = {}
+    for index, layer in enumerate(cache.layers):
+        keys, values, told = getattr(layer, "keys", None), getattr(layer, "values", None), spec.layers.get(index)
+        if told is not None and keys is not None and values is not None and keys.ndim == values.ndim == 4:
+            real = replace(told, key_heads=keys.shape[1], key_dim=keys.shape[3],
+                           value_heads=values.shape[1], value_dim=values.shape[3])  # fmt: skip
+            if real != told:
+                found[index] = real
+    return found
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +48,7 @@ def require_generator(config: PreTrainedConfig) -> Any:
     )
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without memory, on the meta device.
 
     Raises:
@@ -61,14 +62,15 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model: torch.nn.Module = auto_class.from_config(config, dtype=dtype)
+            model: PreTrainedModel = auto_class.from_config(config, dtype=dtype)
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(f"transformers cannot build {config.model_type!r} here: {reason}") from error
+    model.config.pad_token_id = None  # models that find it in a prompt warn, for which they look at values
     return model.eval()
 
 
-def weights_of(model: torch.nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> Weights:
+def weights_of(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> Weights:
     """Counts the parameters of a model on the meta device.
 
     Args:

@@ -35,6 +35,25 @@ class Candidate(Protocol):
         """Does it once."""
 
 
+@dataclass(frozen=True)
+class Somebody:
+    """A candidate made of a function."""
+
+    name: str
+    run: Callable[[], Sample]
+
+
+def timed(call: Callable[[], Any]) -> Callable[[], Sample]:
+    """Of a function whose result is the answer: one that also says how long it took, as `elapsed_time`."""
+
+    def run() -> Sample:
+        start = time.perf_counter()
+        answer = call()
+        return Sample(answer, {"elapsed_time": time.perf_counter() - start})
+
+    return run
+
+
 class WrongAnswerError(PagedCacheError):
     """A candidate of ours differs from the reference: there is nothing to measure."""
 

@@ -18,10 +18,19 @@ NAMES = {
     "output_throughput": ("/s", "output tokens/s"),
     "total_token_throughput": ("/s", "tokens/s"),
 }
-UNITS = {"ms": "ms", "us": "us", "s": "s", "bytes": "B", "percent": "%", "throughput": "/s", "gbps": "GB/s"}
+UNITS = {
+    "ms": "ms",
+    "us": "us",
+    "s": "s",
+    "bytes": "B",
+    "percent": "%",
+    "throughput": "/s",
+    "gbps": "GB/s",
+    "slots": "slots",
+}
 ABBREVIATIONS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL", "kv": "KV"}
 SCALES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-MORE_IS_BETTER, LESS_IS_BETTER = {"/s", "GB/s"}, {"ms", "us", "s", "B", "%"}
+MORE_IS_BETTER, LESS_IS_BETTER = {"/s", "GB/s"}, {"ms", "us", "s", "B", "%", "slots"}
 SAME = 1.005
 """A factor below this one is not worth a word."""
 
@@ -45,7 +54,7 @@ class Metric:
             return NAMES[self.name][1]
         words = self.name.split("_")[: -1 if self.unit else None]
         text = " ".join(ABBREVIATIONS.get(word, word) for word in words)
-        return text + {"": "", "B": "", "%": "", "/s": "/s"}.get(self.unit, f", {self.unit}")
+        return text + {"": "", "B": "", "%": "", "/s": "/s", "slots": " slots"}.get(self.unit, f", {self.unit}")
 
     @property
     def is_better_high(self) -> bool | None:
@@ -74,7 +83,7 @@ class Metric:
         factor = max(ratio, 1 / ratio)
         if factor < SAME:
             return "the same"
-        better, worse = ("smaller", "larger") if self.unit in ("B", "%") else ("faster", "slower")
+        better, worse = ("smaller", "larger") if self.unit in ("B", "%", "slots") else ("faster", "slower")
         return f"{_times(factor)} x {better if (ratio > 1) == self.is_better_high else worse}"
 
 

@@ -80,14 +80,12 @@ def markdown(results: Results) -> str:
 
 
 def grids(results: Results) -> Iterator[Grid]:
-    """Samples by case and candidate, then ratios."""
-    keys = varying(results.cases())
-    if len(results.cases()) <= FEW_CASES:
-        for case in results.cases():
-            yield _samples(results, [case], [])
-    else:
-        yield _samples(results, results.cases(), keys)
-    yield _ratios(results, keys)
+    """Samples by case and candidate, then ratios; few cases have tables of their own."""
+    cases, keys = results.cases(), varying(results.cases())
+    groups = [([case], list[str]()) for case in cases] if len(cases) <= FEW_CASES else [(cases, keys)]
+    for some, columns in groups:
+        yield _samples(results, some, columns)
+        yield _ratios(results, some, columns)
 
 
 def varying(cases: list[Case]) -> list[str]:
@@ -153,8 +151,8 @@ def _of_goal(verdict: Verdict, value: float) -> str:
 
 
 def _samples(results: Results, cases: list[Case], keys: list[str]) -> Grid:
-    metrics = [Metric(name) for name in results.columns if any(name in line.metrics for line in results.lines)]
     lines = [line for case in cases for line in results.lines if line.case == case]
+    metrics = [Metric(name) for name in results.columns if any(line.metrics.get(name) for line in lines)]
     rows = [
         [*_keys(line.case, keys), (line.candidate, ""), *(_cell(line, metric) for metric in metrics)] for line in lines
     ]
@@ -173,22 +171,28 @@ def _cell(line: Line, metric: Metric) -> Cell:
     return metric.spread(line.spread(metric.name)) if line.metrics.get(metric.name) else ("-", "")
 
 
-def _ratios(results: Results, keys: list[str]) -> Grid:
+def _ratios(results: Results, cases: list[Case], keys: list[str]) -> Grid:
     """A row per case, metric and pair."""
     rows = []
     peers = [name for name in results.candidates() if name not in results.ours]
-    for case in results.cases():
+    only = results.ours[0] if len(results.ours) == 1 else ""
+    for case in cases:
         for metric, ours, peer in ((m, a, b) for m in results.compared for a in results.ours for b in peers):
             ratio = results.ratio(case, metric, ours, peer)
             if ratio:
-                first = [*_keys(case, keys), (f"{ours} / {peer}", ""), (Metric(metric).label, "")]
-                rows.append([*first, (ratio_text(ratio), ""), (Metric(metric).words(ratio.median), "")])
-    header = [*(key.replace("_", " ") for key in keys), "ratio", "of", "median [least, most]", f"{_names(results)} is"]
+                names = [(peer if only else f"{ours} / {peer}", ""), (Metric(metric).label, "")]
+                rows.append(
+                    [*_keys(case, keys), *names, _split(ratio_text(ratio)), (Metric(metric).words(ratio.median), "")]
+                )
+    header = [*(key.replace("_", " ") for key in keys), f"{only} /".strip(), "of", "ratio", f"{only} is".strip()]
+    if not any(row[-1][0] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return Grid("", header, len(keys) + 2, rows)
 
 
-def _names(results: Results) -> str:
-    return results.ours[0] if len(results.ours) == 1 else "the first"
+def _split(text: str) -> Cell:
+    median, _, rest = text.partition(" ")
+    return median, rest
 
 
 def _keys(case: Case, keys: list[str]) -> list[Cell]:

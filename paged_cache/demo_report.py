@@ -16,6 +16,7 @@ from .assets import MODEL_PATH
 from .demo import PROMPTS, Beams, Call, Demo, Row
 from .kv_memory import Memory
 from .loading import few_threads, load
+from .observability.pool_page import save_html
 from .picture import as_text, row_color, save_png
 from .pool_map import PoolMap, pool_map
 
@@ -30,7 +31,7 @@ def run(model_name: str | Path, prompts: list[str], max_new_tokens: int, output:
         model_name: Id on the hub, or a folder.
         prompts: Of the batch; ours if there are none.
         max_new_tokens: Per prompt.
-        output: Folder for the picture, made if it is not there.
+        output: Folder for picture and page, made if it is not there.
         console: Where to write.
 
     Returns:
@@ -179,14 +180,17 @@ def _show_pool(console: Console, picture: PoolMap, path: Path) -> None:
         console, "6  The pool", "One cell per block: its row's letter, small when partly filled; a number when shared"
     )
     console.print(as_text(picture, console.width))
+    page = path.with_suffix(".html")
+    save_html(picture, page)
     try:
         save_png(picture, path)
     except ModuleNotFoundError:
+        console.print(f"\nThe same as a page: {page}")
         console.print(
-            "\nNo PNG: matplotlib is not installed; run: pip install 'paged-cache[plots]'", style="yellow", markup=False
+            "No PNG: matplotlib is not installed; run: pip install 'paged-cache[plots]'", style="yellow", markup=False
         )
     else:
-        console.print(f"\nThe same as a picture: {path}")
+        console.print(f"\nThe same as a page and as a picture: {page}, {path}")
 
 
 def _table(*headers: str) -> Table:

@@ -1,52 +1,20 @@
-"""Draws a `PoolMap`: `as_text` for a terminal, `save_png` for everything else.
-
-Blocks of one row have its letter and colour, small where the block has room left. A number says how many tables share a
-block. Colours repeat what the characters say, so that neither a terminal nor a reader needs them.
-"""
+"""Draws a `PoolMap`: `as_text` for a terminal, `save_png` for everything else."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.text import Text
 
+from .block_marks import CACHED, CACHED_COLOR, FREE, FREE_COLOR, OTHERS, ROW_COLORS, SHARED_COLOR
+from .block_marks import INK as INK
+from .block_marks import color as color
+from .block_marks import row_color as row_color
+from .block_marks import symbol as symbol
 from .pool_map import BlockState, Owner, PoolMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FREE, CACHED, OTHERS = "·", "~", "?"
-SHARED_COLOR, CACHED_COLOR, OTHERS_COLOR, FREE_COLOR, INK = "#f6c566", "#c3c9d2", "#8a8f98", "#f4f5f7", "#1f2430"
-ROW_COLORS = (
-    "#6fa8dc", "#7fbf7b", "#c39bd3", "#e58b88", "#5fc4c0", "#b39b7d", "#f2a3c7", "#a3c940", "#8f9be8", "#e0a070",
-    "#62b58f", "#d4d06a", "#b5a3e0", "#9ab8c4",
-)  # fmt: skip
-
-
-def symbol(pool_map: PoolMap, block: BlockState) -> str:
-    """One character for the terminal."""
-    if block.kind != "referenced":
-        return FREE if block.kind == "free" else CACHED
-    if block.is_shared:
-        return str(block.num_refs) if block.num_refs < 10 else "+"
-    if not block.owners:
-        return OTHERS
-    letter = pool_map.owners[block.owners[0]].letter
-    return letter if block.num_tokens == pool_map.block_size else letter.lower()
-
-
-def color(block: BlockState) -> str:
-    """Hex."""
-    if block.kind != "referenced":
-        return CACHED_COLOR if block.kind == "cached" else FREE_COLOR
-    if block.is_shared:
-        return SHARED_COLOR
-    return row_color(block.owners[0]) if block.owners else OTHERS_COLOR
-
-
-def row_color(index: int) -> str:
-    """Hex, for the owner at `index`; colours repeat, as letters do, only later."""
-    return ROW_COLORS[index % len(ROW_COLORS)]
 
 
 def as_text(pool_map: PoolMap, width: int = 80) -> Group:
@@ -61,6 +29,13 @@ def as_text(pool_map: PoolMap, width: int = 80) -> Group:
             line.append_text(_cell(symbol(pool_map, block), block))
         lines.append(line)
     return Group(*lines, Text(), *_legend(pool_map))
+
+
+def save_text(pool_map: PoolMap, path: Path, width: int = 100) -> None:
+    """Writes what `as_text` shows, without colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        Console(width=width, file=file, color_system=None).print(as_text(pool_map, width))
 
 
 def _cell(character: str, block: BlockState) -> Text:
@@ -111,19 +86,12 @@ def save_png(pool_map: PoolMap, path: Path, title: str = "The pool") -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=[1.2 * heights[0], heights[1]])
     _draw_pool(upper, pool_map, per_line)
     _draw_tables(lower, pool_map, tables)
-    upper.set_title(f"{title}: {_counts(pool_map)}", loc="left", fontsize=11, color=INK, fontweight="bold")
+    upper.set_title(f"{title}: {pool_map.summary}", loc="left", fontsize=11, color=INK, fontweight="bold")
     lower.set_title(
         "Block tables: the blocks of each row, in order", loc="left", fontsize=11, color=INK, fontweight="bold"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _counts(pool_map: PoolMap) -> str:
-    return (
-        f"{len(pool_map.blocks)} blocks of {pool_map.block_size} tokens, {pool_map.count('referenced')} in use "
-        f"({pool_map.num_shared} of them shared), {pool_map.count('cached')} cached, {pool_map.count('free')} free"
-    )
 
 
 def _draw_pool(axes: "Axes", pool_map: PoolMap, per_line: int) -> None:

@@ -1,6 +1,6 @@
 """What every block of a pool is used for: whose it is, shared, cached or free. `picture.py` draws it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,14 @@ class PoolMap:
         return sum(block.is_shared for block in self.blocks)
 
     @property
+    def summary(self) -> str:
+        """How many blocks there are in each state, in words."""
+        return (
+            f"{len(self.blocks)} blocks of {self.block_size} tokens, {self.count('referenced')} in use "
+            f"({self.num_shared} of them shared), {self.count('cached')} cached, {self.count('free')} free"
+        )
+
+    @property
     def names(self) -> dict[str, list[Owner]]:
         """The rows of each cache."""
         names: dict[str, list[Owner]] = {}
@@ -75,15 +83,24 @@ class PoolMap:
         return names
 
 
-def pool_map(pool: BlockPool, caches: Mapping[str, PagedCache] | None = None) -> PoolMap:
+def pool_map(
+    pool: BlockPool,
+    caches: Mapping[str, PagedCache] | None = None,
+    rows: Iterable[tuple[str, list[list[int]], int]] = (),
+) -> PoolMap:
     """What every block of `pool` is used for now.
 
     Args:
         pool: To look at.
         caches: By the name to show, the caches whose rows are told apart. Blocks of others are shown as theirs.
+        rows: Others that are told apart: name, block tables per layer group, and number of tokens.
     """
     pool.stats()  # takes back what collected caches held
-    owners = tuple(_owners(caches or {}))
+    found = [*_rows(caches or {}), *rows]
+    owners = tuple(
+        Owner(name, chr(ord("A") + i % 26), [list(table) for table in tables], num_tokens)
+        for i, (name, tables, num_tokens) in enumerate(found)
+    )
     held: dict[int, list[int]] = {}
     filled: dict[int, int] = {}
     for index, owner in enumerate(owners):
@@ -95,10 +112,10 @@ def pool_map(pool: BlockPool, caches: Mapping[str, PagedCache] | None = None) ->
     return PoolMap(owners, tuple(states), pool.block_size)
 
 
-def _owners(caches: Mapping[str, PagedCache]) -> Iterator[Owner]:
-    rows = [(name, row) for name, cache in caches.items() for row in cache._state.rows or []]
-    for i, (name, row) in enumerate(rows):
-        yield Owner(name, chr(ord("A") + i % 26), [list(table) for table in row.tables], row.num_tokens)
+def _rows(caches: Mapping[str, PagedCache]) -> Iterator[tuple[str, list[list[int]], int]]:
+    for name, cache in caches.items():
+        for row in cache._state.rows or []:
+            yield name, row.tables, row.num_tokens
 
 
 def _state(pool: BlockPool, block: int, owners: tuple[int, ...], num_tokens: int) -> BlockState:

@@ -64,6 +64,11 @@ class WeightsVersion:
         weights = self.read()
         return None if weights is None else weights.key(adapter_name)
 
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """Whose weights these are; None once it is garbage."""
+        return self._model()
+
     def light_key(self) -> Hashable:
         """What may change and change back between two tokens: train or eval mode, the modules, and which adapters are active."""
         model = self._model()

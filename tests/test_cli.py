@@ -116,10 +116,14 @@ def test_demo_shows_reuse(shown):
 
 
 def test_demo_draws_the_pool(shown, output_folder):
-    """In the terminal with a legend, and as a PNG."""
+    """In the terminal with a legend, as a PNG, and as a page with as many cells as there are blocks."""
     assert re.search(r"^ +0  [A-D] [A-D] ", shown, re.MULTILINE)
     assert all(name in shown for name in ("batch", "second call", "beams", "cached", "free"))
     assert (output_folder / "pool.png").stat().st_size > 20_000
+    page = (output_folder / "pool.html").read_text(encoding="utf-8")
+    (num_blocks,) = re.findall(r"<p>(\d+) blocks of", page)
+    cells = page[page.index('id="pool"') : page.index("</div>\n<h2>")]
+    assert cells.count("title=") == int(num_blocks) > 0
 
 
 def test_memory_is_what_the_tensors_take(demo):
@@ -206,7 +210,7 @@ def test_without_matplotlib_there_is_a_hint(tiny, tmp_path, monkeypatch):
 
     assert result.exit_code == 0, result.output
     assert "pip install 'paged-cache[plots]'" in result.output
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.html"]
 
 
 def encoder(folder):

@@ -55,6 +55,8 @@ FLOORS = {
     "paged_cache.picture": 5,
     "paged_cache.planning": 5,
     "paged_cache.integrations": 5,
+    "paged_cache.block_marks": 5,
+    "paged_cache.observability": 5,
 }
 
 # Neighbours on one floor that must not know each other, in either direction.
@@ -68,7 +70,13 @@ STRANGERS = [
 BLIND = [("paged_cache.kernels", "paged_cache.memory")]
 
 # All that integrations and examples may import of ours. Benchmarks also measure parts, such as one kernel.
-PUBLIC = ["paged_cache", "paged_cache.assets", "paged_cache.errors", "paged_cache.integrations"]
+PUBLIC = [
+    "paged_cache",
+    "paged_cache.assets",
+    "paged_cache.errors",
+    "paged_cache.integrations",
+    "paged_cache.observability",
+]
 
 # Bookkeeping: importing one of these brings in no HEAVY library, directly or through our own modules.
 SCHEDULING = [
@@ -105,6 +113,7 @@ OWNERS = {
     "numba": ["paged_cache.kernels"],
     "peft": ["paged_cache.adapters.folders", "paged_cache.integrations"],
     "accelerate": [],
+    "prometheus_client": ["paged_cache.observability"],
     "matplotlib": ["paged_cache.compare.page", "paged_cache.compare.panels", "paged_cache.picture"],
     "rich": [
         "paged_cache.bench.tables",

@@ -10,7 +10,7 @@ from types import ModuleType
 import paged_cache
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ["accelerate", "matplotlib", "numba", "peft", "rich", "triton", "typer"]
+OPTIONAL = ["accelerate", "matplotlib", "numba", "peft", "prometheus_client", "rich", "triton", "typer"]
 
 # Fails with both states if the statements between the two calls change anything that others share.
 SNAPSHOT = """

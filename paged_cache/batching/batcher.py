@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..cache import PagedCache
 from ..errors import InvalidRequestError, PagedCacheError
 from ..patching import hold
 from ..pool import BlockPool
+from ..pool_map import PoolMap, pool_map
 from .adapter_forward import AdapterForward
 from .adapter_store import AdapterStore
 from .engine import Engine
@@ -80,7 +82,7 @@ class ContinuousBatcher:
         interval = log_interval(log_stats)
         limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
         require_limits(tokenizer, max_queue_size=max_queue_size, max_loras=max_loras, **limits)
-        observers = require_observers(observers)
+        told = require_observers(observers)
         self._adapters = AdapterStore(model, pool, max_loras)
         self._adapters.register(lora_modules or {})
         self.pool, self.max_queue_size, self.max_loras = pool, max_queue_size, max_loras
@@ -106,7 +108,7 @@ class ContinuousBatcher:
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
         self._intake = Intake(self._inputs, self._engine, self._loop)
-        for observer in [*observers, *([StatsLogger(interval)] if interval else [])]:
+        for observer in told if interval is None else [*told, StatsLogger(interval)]:
             self._engine.reports.add(observer)
 
     def generate(
@@ -225,6 +227,14 @@ class ContinuousBatcher:
     def stats(self) -> BatcherStats:
         """What is under way and what was done so far."""
         return BatcherStats.of(self._engine, len(self._loop.pending))
+
+    def pool_map(self, caches: Mapping[str, PagedCache] | None = None) -> PoolMap:
+        """What every block is used for, between two steps; rows have their request's id. See `observability.save_pool_map`.
+
+        Raises:
+            PagedCacheError: Called from inside a step.
+        """
+        return self._loop.between_steps(lambda: pool_map(self.pool, caches, self._engine.rows()))
 
     def observe(self, observer: AnyObserver) -> AnyObserver:
         """Calls `observer` with each `observability.Event` from now on, and returns it.

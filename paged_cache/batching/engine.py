@@ -145,6 +145,13 @@ class Engine:
         """Ends a request that never began."""
         self._tell(request, "rejected", error)
 
+    def rows(self) -> Iterator[tuple[str, list[list[int]], int]]:
+        """Of every row that has blocks: its request's id, its block tables, and how many tokens are in them."""
+        for name, request in self.requests.items():
+            for row in request.rows:
+                if row.sequence is not None:
+                    yield name, row.sequence.tables, row.num_computed
+
     def rest(self) -> None:
         """There is nothing to do."""
         if self.reports.observers:

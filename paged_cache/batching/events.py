@@ -117,6 +117,7 @@ class Finished(RequestEvent):
         num_sequences: Returned sequences.
         max_new_tokens: As allowed, per sequence.
         metrics: Its times.
+        decode_time: Seconds from its first token to its last; 0 without any.
     """
 
     finish_reason: str
@@ -127,6 +128,7 @@ class Finished(RequestEvent):
     num_sequences: int
     max_new_tokens: int
     metrics: RequestMetrics
+    decode_time: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import TypeVar
 
 from ..compat import logger
 from ..errors import PagedCacheError
 from .beam_search import is_beam_search
 from .engine import Engine
 from .request import Request
+
+Answer = TypeVar("Answer")
 
 IDLE_SECONDS = 0.01
 """Pause after a step in which nothing could be computed: blocks are held outside the batcher."""
@@ -104,6 +107,17 @@ class EngineLoop:
         if not self._is_inside():
             with self._exclusive():
                 action()
+
+    def between_steps(self, question: Callable[[], Answer]) -> Answer:
+        """The answer to a question that is asked when no step is under way.
+
+        Raises:
+            PagedCacheError: Called from inside a step.
+        """
+        if self._is_inside():
+            raise PagedCacheError("this was called from inside a step of the batcher: ask between two steps.")
+        with self._exclusive():
+            return question()
 
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""

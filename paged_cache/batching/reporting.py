@@ -147,6 +147,7 @@ class Reports:
                 len(output.sequences) or request.num_rows,
                 request.max_new_tokens,
                 output.metrics,
+                (request.last_token_time or 0.0) - (request.first_token_time or 0.0),
             )
         )
 

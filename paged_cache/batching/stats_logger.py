@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from numbers import Real
+from typing import Any
 
 from ..errors import InvalidRequestError
 from .events import Event, Idle, Scheduled, StepDone
@@ -17,8 +18,8 @@ LINE = (
 )
 
 
-def log_interval(log_stats: bool | float) -> float | None:
-    """Seconds between two lines; None for no lines.
+def log_interval(log_stats: Any) -> float | None:
+    """Seconds between two lines, five for True; None for no lines.
 
     Raises:
         InvalidRequestError: `log_stats` is neither a switch nor a positive number.

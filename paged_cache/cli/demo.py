@@ -16,7 +16,7 @@ def demo(
         list[str] | None, typer.Option(help="A prompt; repeat it for a batch.", show_default="some beginnings of code")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 48,
-    output: Annotated[Path, typer.Option(help="Folder for the picture of the pool.")] = Path("out"),
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the page of the pool.")] = Path("out"),
 ) -> None:
     """Generate with a paged cache, compare with transformers' own caches, draw the pool. Runs on the CPU."""
     from rich.console import Console

@@ -32,6 +32,7 @@ napoleon_use_rtype = False
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|numpy|prometheus_client|rich|typer|matplotlib)(\..*)?"),  # others' libraries
     ("py:.*", r"(collections|pathlib|typing|types|contextlib|asyncio|enum|logging|os)\..*"),  # Python's own
+    ("py:.*", r"(CollectorRegistry|AnyObserver)"),  # prometheus_client's; an argument's alias
     ("py:.*", r"(Any|Path|Callable|Iterable|Iterator|Sequence|Mapping|Literal|TracebackType|Self)"),  # the same
     ("py:.*", r"(str|int|float|bool|bytes|object|None|dict|list|tuple|set|type|Exception|ValueError|TimeoutError|ABC)"),
     ("py:.*", r"paged_cache\.(?!batching\.output\.|errors\.).*"),  # parts of ours that are not public
@@ -75,7 +76,14 @@ def read_page(app: Any, name: str, content: list[str]) -> None:
         content[0] = with_links(content[0], page, page)
 
 
+def keep_sentence(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a property's docstring for its type: a dash says the same."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_sentence, priority=400)  # before napoleon's
     app.connect("builder-inited", copy_pages)
     app.connect("source-read", read_page)

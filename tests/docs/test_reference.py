@@ -17,20 +17,20 @@ PUBLIC = [
     "paged_cache.integrations",
     "paged_cache.observability",
     "paged_cache.planning",
-    "paged_cache.compare",
 ]
-DIRECTIVE = re.compile(r"^\.\. (py:)?(module|currentmodule|auto\w+):: ([\w.]+)", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. (py:)?(module|currentmodule|auto\w+):: ([\w.]+)(?:\n +(:[\w-]+:))?", re.MULTILINE)
 
 
 def listed(page: Path) -> set[str]:
     """Full names that a page of the reference documents."""
     names, module = set(), ""
-    for _, directive, name in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
+    for _, directive, name, option in DIRECTIVE.findall(page.read_text(encoding="utf-8")):
+        is_whole = option == ":members:"
         if directive in ("module", "currentmodule"):
             module = name
         elif directive == "automodule":
             module = name
-            names |= {f"{name}.{member}" for member in own_names(name)}
+            names |= {f"{name}.{member}" for member in own_names(name)} if is_whole else set()
         else:
             names.add(name if name.startswith("paged_cache.") else f"{module}.{name}")
     return names

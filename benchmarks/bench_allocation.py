@@ -8,27 +8,25 @@ its whole prompt. Bookkeeping is the real one, there are no keys and values. Tab
 third of the requests have come.
 """
 
-import argparse
 import csv
 import itertools
-import json
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import paged_cache
+from script import finish, make_results, parse, parser
+
+from paged_cache.bench.measuring import Sample, Somebody, measure
 from paged_cache.bench.workload import TRACE
 from paged_cache.memory.growth import Growth
 from paged_cache.memory.manager import BlockManager
 from paged_cache.memory.sequence import Sequence
 
-FOLDER = Path(__file__).resolve().parent
 SAMPLED = 50  # steps from one look at the tables to the next
+COLUMNS = ["blocks_per_table", "blocks_per_run", "highest_over_peak", "extend_1000_blocks_us"]
+WITHOUT, WITH = "without prefix caching", "with prefix caching"
 
 
 class Request(NamedTuple):
@@ -40,31 +38,6 @@ class Request(NamedTuple):
 
 Step = dict[int, int]
 """The requests that are served, and how many tokens each of them brings."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What became of a pool.
-
-    Attributes:
-        prefix_caching: Whether blocks stay findable; no two requests have tokens in common.
-        num_blocks: Of the pool.
-        peak: Most blocks in use at any time.
-        highest: The same if all blocks below the highest one that was ever used counted.
-        num_allocated: Blocks that sequences got, over all steps.
-        blocks_per_table: Mean of the tables looked at.
-        blocks_per_run: Mean length of their contiguous runs.
-        extend_us: Microseconds in `extend`, per 1000 blocks that it gave.
-    """
-
-    prefix_caching: bool
-    num_blocks: int
-    peak: int
-    highest: int
-    num_allocated: int
-    blocks_per_table: float
-    blocks_per_run: float
-    extend_us: float
 
 
 def read_requests(count: int, seed: int) -> list[Request]:
@@ -152,8 +125,14 @@ class Server:
         return list(range(self._num_tokens - count, self._num_tokens))
 
 
-def serve(requests: list[Request], slots: int, num_blocks: int, block_size: int, prefix_caching: bool) -> Allocation:
-    """Serves all requests in one pool."""
+def serve(requests: list[Request], slots: int, num_blocks: int, block_size: int, prefix_caching: bool) -> Sample:
+    """Serves all requests in one pool; no two of them have tokens in common.
+
+    Returns:
+        The answer is the number of blocks that sequences got, over all steps. Metrics: `num_blocks` of the pool; most
+        blocks in use (`peak_blocks`), and the same if all below the highest that was ever used counted
+        (`highest_blocks`); the mean of the tables looked at, and of their contiguous runs; time in `extend`.
+    """
     server = Server(num_blocks, block_size, prefix_caching)
     manager, peak, num_tables, num_seen, num_runs = server.manager, 0, 0, 0, 0
     for number, step in enumerate(steps(requests, slots)):
@@ -166,10 +145,16 @@ def serve(requests: list[Request], slots: int, num_blocks: int, block_size: int,
             num_runs += sum(map(count_runs, tables))
     server.close()
     manager.check()
-    allocated = manager.allocator.counters.allocated
-    lengths = num_seen / num_tables, num_seen / num_runs
-    extend_us = 1e9 * server.seconds / allocated
-    return Allocation(prefix_caching, num_blocks, peak, server.highest + 1, allocated, *lengths, extend_us)
+    allocated, highest = manager.allocator.counters.allocated, server.highest + 1
+    counts: dict[str, float] = {
+        "num_blocks": num_blocks,
+        "peak_blocks": peak,
+        "highest_blocks": highest,
+        "num_allocated": allocated,
+    }
+    counts |= {"blocks_per_table": num_seen / num_tables, "blocks_per_run": num_seen / num_runs}
+    times = {"highest_over_peak": highest / peak, "extend_1000_blocks_us": 1e9 * server.seconds / allocated}
+    return Sample(allocated, counts | times)
 
 
 def count_runs(table: list[int]) -> int:
@@ -177,52 +162,29 @@ def count_runs(table: list[int]) -> int:
     return 1 + sum(block != before + 1 for before, block in itertools.pairwise(table))
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"python": platform.python_version(), "paged_cache": paged_cache.__version__}
-    return {"device": f"cpu, {platform.machine()}", "versions": versions, "commit": commit or None, "seed": seed}
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--requests", type=int, default=600)
-    parser.add_argument("--slots", type=int, default=16, help="sequences that are served at once")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument(
+def main(arguments: list[str] | None = None) -> None:
+    """Serves them without and with prefix caching."""
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--requests", type=int, default=600)
+    options.add_argument("--slots", type=int, default=16, help="sequences that are served at once")
+    options.add_argument("--block-size", type=int, default=16)
+    options.add_argument(
         "--room", type=float, default=1.15, help="size of the pool, of the most blocks needed at a time"
     )
-    parser.add_argument("--quick", action="store_true", help="few requests: does it run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=FOLDER / "results" / "allocation.json")
-    args = parser.parse_args(arguments)
-    args.requests = 48 if args.quick else args.requests
-    return args
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints a line without and one with prefix caching, and writes the JSON file."""
-    args = parse(arguments)
+    args = parse(options, arguments, __file__, {"requests": 48, "rounds": 1})
     requests = read_requests(args.requests, args.seed)
     needed = needed_blocks(requests, args.slots, args.block_size)
-    num_blocks = int(args.room * needed)
     mean = sum(map(sum, requests)) / len(requests)
-    print(f"{len(requests)} requests of {mean:.0f} tokens on average, {args.slots} at once in {num_blocks} blocks")
-    print(
-        f"{'prefix caching':15} {'blocks per table':>17} {'per run':>8} {'highest / peak':>15} {'us per 1000 blocks':>19}"
+    title = (
+        f"Allocation: how far the blocks of a sequence lie apart, {args.slots} of {args.requests} requests at a time"
     )
-    pools = []
-    for caching in (False, True):
-        pool = serve(requests, args.slots, num_blocks, args.block_size, caching)
-        cells = f"{pool.blocks_per_table:17.1f} {pool.blocks_per_run:8.1f} {pool.highest / pool.peak:15.3f}"
-        print(f"{'on' if caching else 'off':15} {cells} {pool.extend_us:19.0f}")
-        pools.append(asdict(pool))
-    settings = {name: getattr(args, name) for name in ("slots", "block_size", "room")}
-    result = environment(args.seed) | settings | {"num_requests": len(requests), "mean_tokens": mean, "needed": needed}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result | {"pools": pools}, indent=2) + "\n", encoding="utf-8")
+    names = ["requests", "slots", "block_size", "room"]
+    results = make_results(args, "allocation", title, names, columns=COLUMNS, ours=[WITHOUT, WITH])
+    results.details = {"mean_tokens": mean, "needed": needed}
+    serve_in = partial(serve, requests, args.slots, int(args.room * needed), args.block_size)
+    pools = [Somebody(name, partial(serve_in, is_caching)) for name, is_caching in ((WITHOUT, False), (WITH, True))]
+    results.lines = measure(pools, results.ours, {"requests": args.requests}, rounds=args.rounds, warm_up=0)
+    finish(results, args)
 
 
 if __name__ == "__main__":

@@ -11,73 +11,45 @@ same, so that padded batches compute nothing for nothing.
 - `ours`: one `ContinuousBatcher.generate` with `adapter_names`.
 - `groups`: `set_adapter` and a padded batch for the requests of each adapter.
 - `mixed`: one padded batch, `generate(adapter_names=...)` of peft.
-- `active` and `base`: our batcher with one adapter that is simply active, and without any.
+- `one`: ours, with the same requests all to one adapter.
+- `active` and `base`: our batcher with one adapter that is simply active, and without any; beside one adapter.
 
-All tokens are compared with those of `groups` (in float32, where nobody's may differ); whoever has others gets no times, and if it is
-this package the benchmark fails. One process, everybody in turns in every round, the order reversed in every second one; ratios are
-those of single rounds.
+Tokens are compared with those of `groups` for the same adapters (in float32, where nobody's may differ); whoever has others gets no
+times, and if it is this package the benchmark fails.
 """
 
 import argparse
-import gc
-import json
-import os
-import platform
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import peft
 import torch
-import transformers
-from tqdm import tqdm
+from script import finish, make_results, parse, parser, progress
 
 from paged_cache import BlockPool, ContinuousBatcher
 from paged_cache.bench import models
-from paged_cache.bench.results import Spread
+from paged_cache.bench.measuring import Sample, Somebody, measure, same, timed
+from paged_cache.bench.results import Goal, Line
 from paged_cache.bench.workload import Workload, make_workload
-from paged_cache.bench.results import environment
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "lora.json"
 QUICK = {"model": "tiny", "requests": 6, "adapters": [1, 3], "rounds": 1, "factor": 40.0}
-JUDGED, MOST_OF_ONE, TIMES_MIXED = 8, 1.25, 2.0
-"""Goals: what so many adapters may cost, of one; how many times as fast as peft's mixed batch."""
 BLOCK_SIZE = 16
-OURS = ("ours", "active", "base")
-EVERYBODY = ["groups", "mixed", *OURS]
+OURS, ONE = "ours", "ours, one adapter"
+ALL_OURS = (OURS, ONE, "active", "base")
+EVERYBODY = ["groups", "mixed", OURS, "one", "active", "base"]
+GOALS = [
+    Goal("8 adapters cost hardly more than one", "elapsed_time", OURS, ONE, at_most=1.25, case={"adapters": 8}),
+    Goal(
+        "8 adapters twice as fast as peft's mixed batch",
+        "elapsed_time",
+        OURS,
+        "mixed",
+        at_most=0.5,
+        case={"adapters": 8},
+    ),
+]
 Tokens = list[list[int]]
-Turns = dict[str, tuple[Callable[[Any], Tokens], list[str]]]
-Times = dict[str, float]
-"""Seconds of one round, by candidate and number of adapters, such as "ours 8"."""
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=models.NAMES, default="28m")
-    parser.add_argument("--adapters", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--factor", type=float, default=5.0, help="by which the trace's lengths are divided")
-    parser.add_argument("--equal", nargs=2, type=int, metavar=("PROMPT", "NEW"), help="one length for all, no trace")
-    parser.add_argument("--only", nargs="+", choices=EVERYBODY, default=EVERYBODY)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="only in float32 are equal tokens demanded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--add", action="store_true", help="to the rounds that the JSON file has, of equal settings")
-    parser.add_argument("--quick", action="store_true", help="few short requests, a tiny model")
-    parser.add_argument(
-        "--output", type=Path, help=f"JSON file; by default {OUTPUT.name} in results/, with --quick none"
-    )
-    args = parser.parse_args(arguments)
-    if args.quick:
-        vars(args).update(QUICK)
-    if args.output is None and not args.quick:
-        args.output = OUTPUT
-    return args
 
 
 def make_model(args: argparse.Namespace) -> Any:
@@ -119,10 +91,6 @@ class Contest:
         self.model.set_adapter(names[0])
         return self.ours(None)
 
-    def base(self, names: list[str]) -> Tokens:
-        """No adapter."""
-        return self.ours(["__base__"] * len(names))
-
     def groups(self, names: list[str]) -> Tokens:
         """A padded batch for each adapter."""
         found: dict[int, list[int]] = {}
@@ -147,123 +115,79 @@ class Contest:
         return [row[:n] for row, n in zip(outputs, num_new, strict=True)]
 
 
-def turns(args: argparse.Namespace, contest: Contest) -> Turns:
-    """Who serves the requests of how many adapters, by name; `active` and `base` once."""
-    found: Turns = {}
-    for count in args.adapters:
-        names = [str(i % count) for i in range(args.requests)]
-        kinds = [name for name in args.only if name != "active" or count == 1]
-        for kind in (kind for kind in kinds if kind != "base"):
-            found[f"{kind} {count}"] = (getattr(contest, kind), names)
-    if "base" in args.only:
-        found["base"] = (contest.base, ["0"] * args.requests)
-    return found
+class Tellers:
+    """Compares tokens with those of whoever served the same adapters first: `groups`, if it is there."""
+
+    def __init__(self, is_exact: bool) -> None:
+        self.is_exact = is_exact
+        self._known: dict[tuple[str, ...], Tokens] = {}
+
+    def check(self, found: tuple[tuple[str, ...], Tokens], _: Any) -> None:
+        """Raises `Wrong`."""
+        names, tokens = found
+        expected = self._known.setdefault(names, tokens)
+        if self.is_exact:
+            same(tokens, expected)
 
 
-def play(args: argparse.Namespace, who: Turns, is_odd: bool, tick: Callable[[], Any]) -> Times:
-    """One round."""
-    times: Times = {}
-    tokens: dict[str, Tokens] = {}
-    for name in sorted(who, reverse=is_odd, key=list(who).index):
-        serve, adapters = who[name]
-        gc.collect()
-        start = time.perf_counter()
-        tokens[name] = serve(adapters)
-        times[name] = time.perf_counter() - start
-        tick()
-    for name in _wrong(who, tokens) if args.dtype == "float32" else ():
-        print(f"{name}: other tokens than {_reference(who, name)}")
-        if name.partition(" ")[0] in OURS:
-            raise SystemExit(f"{name} has wrong tokens.")
-        del times[name]
-    return times
+def candidates(contest: Contest, count: int, only: list[str]) -> Iterator[Somebody]:
+    """Who serves requests for so many adapters; `active` and `base` beside one adapter only, `one` beside several."""
+    plans: dict[str, tuple[str, Any, int | None]] = {
+        "groups": ("groups", contest.groups, count),
+        "mixed": ("mixed", contest.mixed, count),
+        "ours": (OURS, contest.ours, count),
+    }
+    plans |= {"one": (ONE, contest.ours, 1)} if count > 1 else {}
+    plans |= {"active": ("active", contest.active, 1), "base": ("base", contest.ours, None)} if count == 1 else {}
+    for key, (name, serve, num_adapters) in plans.items():
+        if key in only:
+            yield Somebody(name, partial(_serve, contest, serve, num_adapters))
 
 
-def _reference(who: Turns, name: str) -> str:
-    """The first one that serves the same adapters."""
-    count = name.partition(" ")[2]
-    return next(other for other in who if other.partition(" ")[2] == count)
+def _serve(contest: Contest, serve: Callable[[list[str]], Tokens], num_adapters: int | None) -> Sample:
+    """Requests go round to so many adapters, or to the model without any; the answer says to which."""
+    places = range(len(contest.workload.prompts))
+    names = ["__base__" if num_adapters is None else str(i % num_adapters) for i in places]
+    sample = timed(partial(serve, names))()
+    return Sample((tuple(names), sample.answer), sample.metrics)
 
 
-def _wrong(who: Turns, tokens: dict[str, Tokens]) -> list[str]:
-    return [name for name in who if tokens[name] != tokens[_reference(who, name)]]
-
-
-def ratios(rounds: list[Times]) -> dict[str, Spread]:
-    """Times over times of the same round: of ours with several adapters over one, of the others over ours."""
-    counts = sorted({int(name.split()[1]) for one in rounds for name in one if " " in name})
-    pairs = [(f"ours {count}", "ours 1") for count in counts if count > 1]
-    pairs += [("active 1", "base"), ("ours 1", "active 1")]
-    pairs += [(f"{other} {count}", f"ours {count}") for other in ("groups", "mixed") for count in counts]
-    both = {pair: [one for one in rounds if pair[0] in one and pair[1] in one] for pair in pairs}
-    return {f"{a} / {b}": Spread.of(one[a] / one[b] for one in found) for (a, b), found in both.items() if found}
-
-
-def verdicts(found: dict[str, Spread]) -> dict[str, bool]:
-    """Goals whose ratio was measured, and whether they are met."""
-    cost, gain = found.get(f"ours {JUDGED} / ours 1"), found.get(f"mixed {JUDGED} / ours {JUDGED}")
-    goals = {}
-    if cost is not None:
-        goals[f"{JUDGED} adapters cost at most {MOST_OF_ONE} times one"] = cost.median <= MOST_OF_ONE
-    if gain is not None:
-        goals[f"{JUDGED} adapters at least {TIMES_MIXED} times as fast as mixed"] = gain.median >= TIMES_MIXED
-    return goals
-
-
-def report(rounds: list[Times]) -> None:
-    """Tables for people."""
-    names = list(dict.fromkeys(name for one in rounds for name in one))
-    print(f"\n{len(rounds)} rounds: seconds, medians [least, most]")
-    for name in names:
-        print(f"  {name:12} {_text(Spread.of(one[name] for one in rounds if name in one))}")
-    found = ratios(rounds)
-    print("ratios of single rounds")
-    for name, spread in found.items():
-        print(f"  {name:24} {_text(spread)}")
-    for goal, is_met in verdicts(found).items():
-        print(f"{goal}: {'met' if is_met else 'MISSED'}")
-
-
-def _text(spread: Spread) -> str:
-    return f"{spread.median:6.2f} [{spread.min:.2f}, {spread.max:.2f}]"
+def compare(args: argparse.Namespace, contest: Contest) -> list[Line]:
+    """All numbers of adapters; each is served by everybody, first with two requests, which does not count."""
+    people = {count: list(candidates(contest, count, args.only)) for count in args.adapters}
+    is_exact, workload, lines = args.dtype == "float32", contest.workload, list[Line]()
+    with progress((args.rounds + 1) * sum(map(len, people.values()))) as bar:
+        for some, rounds in ((workload.first(2), 1), (workload, args.rounds)):
+            contest.workload, tellers, lines = some, Tellers(is_exact), []
+            for count, who in people.items():
+                limits: dict[str, Any] = {"rounds": rounds, "warm_up": 0, "check": tellers.check}
+                lines += measure(who, ALL_OURS, {"adapters": count}, **limits, tick=lambda _: bar.update())
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints tables and writes the JSON file."""
-    args = parse(arguments)
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(args.threads)
+    """Measures everybody with every number of adapters."""
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--model", choices=models.NAMES, default="28m")
+    options.add_argument("--adapters", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--requests", type=int, default=32)
+    options.add_argument("--factor", type=float, default=5.0, help="by which the trace's lengths are divided")
+    options.add_argument("--equal", nargs=2, type=int, metavar=("PROMPT", "NEW"), help="one length for all, no trace")
+    options.add_argument("--only", nargs="+", choices=EVERYBODY, default=EVERYBODY)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", default="float32", help="only in float32 are equal tokens demanded")
+    args = parse(options, arguments, __file__, QUICK)
+    names = ["model", "rank", "requests", "factor", "equal", "device", "dtype"]
+    parts: dict[str, Any] = {"columns": ["elapsed_time"], "compared": ["elapsed_time"], "ours": [OURS], "goals": GOALS}
+    results = make_results(args, "lora", "Requests for many LoRA adapters at once", names, **parts)
     model = make_model(args)
     workload = make_workload(args.requests, args.factor, model.config.vocab_size, 0, args.seed)
     if args.equal:
         workload = Workload([(8 * x)[: args.equal[0]] for x in workload.prompts], [args.equal[1]] * args.requests)
-    names = ("model", "rank", "requests", "factor", "equal", "device", "dtype", "threads", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    rounds: list[Times] = []
-    if args.add and args.output.exists():
-        earlier = json.loads(args.output.read_text(encoding="utf-8"))
-        if earlier["settings"] != settings:
-            raise SystemExit(f"{args.output} has other settings: {earlier['settings']}, not {settings}")
-        rounds = earlier["rounds"]
-    found = {"device": f"{args.device}, {platform.machine()}", "load": os.getloadavg()[0], **environment(args.seed)}
-    found |= {"workload": workload.describe(), "settings": settings}
-    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
-
-    contest = Contest(model, workload)
-    contest.workload = workload.first(2)
-    for serve, adapters in turns(args, contest).values():  # untimed
-        serve(adapters[:2])
-    contest.workload = workload
-    who = turns(args, contest)
-    with tqdm(total=args.rounds * len(who), unit="run", disable=None) as bar:
-        for _ in range(args.rounds):
-            rounds.append(play(args, who, bool(len(rounds) % 2), bar.update))
-    report(rounds)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        follows = {name: vars(spread) for name, spread in ratios(rounds).items()}
-        found |= {"rounds": rounds, "ratios": follows, "goals": verdicts(ratios(rounds))}
-        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results.details = {"workload": workload.describe()}
+    results.lines = compare(args, Contest(model, workload))
+    finish(results, args)
 
 
 if __name__ == "__main__":

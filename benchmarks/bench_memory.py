@@ -8,73 +8,28 @@ values of one token. `generate` never stores the last token of an answer, and ne
 StaticCache run padded batches in order of arrival, until the longest answer is complete.
 """
 
-import argparse
 import csv
-import json
-import platform
-import subprocess
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
+from script import finish, make_results, parse, parser
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache
 
-import paged_cache
 from paged_cache import BlockPool, PagedCache, patch
 from paged_cache.assets import MODEL_PATH
+from paged_cache.bench.measuring import Sample, Somebody, measure
+from paged_cache.bench.results import Goal, Line
 from paged_cache.bench.workload import TRACE
 
-FOLDER = Path(__file__).resolve().parent
 DIM = 8
 SIZES: Any = {"hidden_size": DIM, "intermediate_size": DIM, "vocab_size": DIM}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+OURS, LEAST = "PagedCache", "one prompt and the beams' own tokens"
+COLUMNS = ["reserved_slots", "used_slots", "unused_percent", "life_unused_percent", "peak_slots", "kv_bytes"]
 Requests = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Slots of one kind of cache: when all requests are complete, and summed over all decode steps (`life`)."""
-
-    name: str
-    reserved: int
-    used: int
-    life_reserved: int
-    life_used: int
-
-    @property
-    def unused_percent(self) -> float:
-        """Of the slots reserved at the end."""
-        return 100 * (1 - self.used / self.reserved)
-
-    @property
-    def life_unused_percent(self) -> float:
-        """Of the slots reserved, on average over the steps in which a request is served."""
-        return 100 * (1 - self.life_used / self.life_reserved)
-
-
-@dataclass(frozen=True)
-class Beams:
-    """A beam search; `ideal_slots` are one prompt and the tokens that the beams added."""
-
-    num_beams: int
-    num_prompt: int
-    num_own: int
-    ideal_slots: int
-    slots: int
-    peak_slots: int
-    nbytes: int
-    dynamic_nbytes: int
-    is_identical: bool
-
-    @property
-    def ratio(self) -> float:
-        """Most slots in use at any time, against the least possible."""
-        return self.peak_slots / self.ideal_slots
 
 
 def read_requests(factor: float) -> Requests:
@@ -84,6 +39,14 @@ def read_requests(factor: float) -> Requests:
     return [(max(1, round(prompt / factor)), max(1, round(output / factor))) for prompt, output in rows]
 
 
+def slots(reserved: int, used: int, life_reserved: int, life_used: int) -> Sample:
+    """Slots when all requests are complete, and summed over all decode steps (`life`); all caches must use the same."""
+    counts = {"reserved_slots": reserved, "used_slots": used}
+    counts |= {"life_reserved_slots": life_reserved, "life_used_slots": life_used}
+    shares = {"unused_percent": used / reserved, "life_unused_percent": life_used / life_reserved}
+    return Sample(used, counts | {name: 100 * (1 - share) for name, share in shares.items()})
+
+
 def steps(cache: Cache, batch: int, prompt: int, output: int) -> Iterator[int]:
     """Runs a batch through one layer of a cache; yields the columns stored, after the prompt and after each token."""
     for q_len in [prompt] + [1] * (output - 1):
@@ -91,7 +54,7 @@ def steps(cache: Cache, batch: int, prompt: int, output: int) -> Iterator[int]:
         yield int(cache.get_seq_length())
 
 
-def paged_slots(requests: Requests, block_size: int) -> Slots:
+def paged_slots(requests: Requests, block_size: int) -> Sample:
     """One `PagedCache` per request; all of them live until the last is complete."""
     num_blocks = sum(-(-sum(request) // block_size) for request in requests)
     pool = BlockPool.for_model(LlamaForCausalLM(CONFIG), num_blocks=num_blocks, block_size=block_size)
@@ -104,10 +67,10 @@ def paged_slots(requests: Requests, block_size: int) -> Slots:
         caches.append(cache)
     pool.check()
     reserved, used = pool.stats().num_referenced * block_size, sum(int(cache.get_seq_length()) for cache in caches)
-    return Slots(f"PagedCache, blocks of {block_size}", reserved, used, life_reserved, life_used)
+    return slots(reserved, used, life_reserved, life_used)
 
 
-def padded_slots(requests: Requests, size: int, is_static: bool) -> Slots:
+def padded_slots(requests: Requests, size: int, is_static: bool) -> Sample:
     """Batches of `size` requests, each as long as its longest prompt and its longest answer."""
     counts = [0, 0, 0, 0]
     for i in range(0, len(requests), size):
@@ -124,74 +87,85 @@ def padded_slots(requests: Requests, size: int, is_static: bool) -> Slots:
             counts[3] += used
         counts[0] += reserved
         counts[1] += used
-    return Slots(f"{'StaticCache' if is_static else 'DynamicCache'}, batches of {size}", *counts)
+    return slots(*counts)
 
 
-def beam_search(num_beams: int, num_prompt: int, num_new: int, block_size: int = 16) -> Beams:
-    """The package's own model, patched, against the same search with `DynamicCache`; blocks counted in every forward."""
-    model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
-    ids = torch.randint(3, model.config.vocab_size, (1, num_prompt))
-    num_blocks = -(-num_prompt // block_size) + 2 * num_beams * (num_new // block_size + 2)
-    pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=block_size)
-    counts: list[int] = []
-    outputs = []
-    caches: tuple[Any, Any] = (PagedCache(pool), DynamicCache(config=model.config))
-    hook = model.register_forward_hook(lambda *_: counts.append(pool.stats().num_referenced))
-    for cache in caches:
-        with patch(model) if cache is caches[0] else nullcontext():
-            length = {"min_new_tokens": num_new, "max_new_tokens": num_new}
-            outputs.append(model.generate(ids, past_key_values=cache, num_beams=num_beams, do_sample=False, **length))
-    hook.remove()
-    used = len({block for row in caches[0].block_tables for block in row[0]}) * block_size
-    dynamic_nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[1].layers)
-    ideal, peak = num_prompt + num_beams * (num_new - 1), max(counts) * block_size
-    sizes = (ideal, used, peak, peak * pool.bytes_per_token, dynamic_nbytes)
-    return Beams(num_beams, num_prompt, num_new - 1, *sizes, torch.equal(*outputs))
+def all_slots(requests: Requests, block_size: int, batches: list[int]) -> list[Line]:
+    """A line per kind of cache."""
+    caches = [Somebody(OURS, partial(paged_slots, requests, block_size))]
+    for size in batches:
+        for name, is_static in (("DynamicCache", False), ("StaticCache", True)):
+            caches.append(Somebody(f"{name}, batches of {size}", partial(padded_slots, requests, size, is_static)))
+    return measure(caches, [OURS], {"requests": len(requests)}, rounds=1, warm_up=0)
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, paged_cache)}
-    return {"device": f"cpu, {platform.machine()}", "versions": versions, "commit": commit or None, "seed": seed}
+class BeamSearch:
+    """The package's own model, patched for our cache; blocks are counted in every forward."""
+
+    def __init__(self, num_beams: int, num_prompt: int, num_new: int, block_size: int) -> None:
+        self.num_beams, self.num_prompt, self.num_new, self.block_size = num_beams, num_prompt, num_new, block_size
+        self.model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
+        self.ids = torch.randint(3, self.model.config.vocab_size, (1, num_prompt))
+
+    def lines(self) -> list[Line]:
+        """Both caches, and the least slots that can do."""
+        case = {"num_beams": self.num_beams, "prompt_len": self.num_prompt, "output_len": self.num_new}
+        caches = [Somebody("DynamicCache", self._dynamic), Somebody(OURS, self._paged)]
+        least = self.num_prompt + self.num_beams * (self.num_new - 1)
+        return [*measure(caches, [OURS], case, rounds=1, warm_up=0), Line(case, LEAST, {"peak_slots": [least]})]
+
+    def _dynamic(self) -> Sample:
+        cache: Any = DynamicCache(config=self.model.config)
+        answer = self._generate(cache)
+        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        rows, _, length, _ = cache.layers[0].keys.shape
+        return Sample(answer, {"peak_slots": rows * length, "kv_bytes": nbytes})
+
+    def _paged(self) -> Sample:
+        num_blocks = -(-self.num_prompt // self.block_size) + 2 * self.num_beams * (self.num_new // self.block_size + 2)
+        pool = BlockPool.for_model(self.model, num_blocks=num_blocks, block_size=self.block_size)
+        counts: list[int] = []
+        hook = self.model.register_forward_hook(lambda *_: counts.append(pool.stats().num_referenced))
+        with patch(self.model), PagedCache(pool) as cache:
+            answer = self._generate(cache)
+            at_end = len({block for row in cache.block_tables for block in row[0]})
+        hook.remove()
+        slots, nbytes = max(counts) * self.block_size, max(counts) * self.block_size * pool.bytes_per_token
+        return Sample(answer, {"peak_slots": slots, "slots_at_end": at_end * self.block_size, "kv_bytes": nbytes})
+
+    def _generate(self, cache: Cache) -> list[int]:
+        lengths = {"min_new_tokens": self.num_new, "max_new_tokens": self.num_new}
+        search: Any = {"num_beams": self.num_beams, "do_sample": False, "past_key_values": cache}
+        return self.model.generate(self.ids, **search, **lengths)[0].tolist()  # type: ignore[no-any-return]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints both tables and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--factor", type=float, default=4.0, help="lengths of the trace are divided by it")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32], help="of the padded caches")
-    parser.add_argument("--beams", nargs=3, type=int, default=[8, 2048, 32], help="beams, prompt, new tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=FOLDER / "results" / "memory.json")
-    args = parser.parse_args(arguments)
-    torch.manual_seed(args.seed)
-
+    """Counts slots of requests, and of a beam search."""
+    options = parser(__doc__)
+    options.add_argument("--factor", type=float, default=4.0, help="lengths of the trace are divided by it")
+    options.add_argument("--block-size", type=int, default=16)
+    options.add_argument("--batches", nargs="+", type=int, default=[8, 32], help="of the padded caches")
+    options.add_argument("--beams", nargs=3, type=int, default=[8, 2048, 32], help="beams, prompt, new tokens")
+    args = parse(options, arguments, __file__, {"batches": [32], "beams": [8, 2048, 8]})
     requests = read_requests(args.factor)
-    mean = sum(map(sum, requests)) / len(requests)
-    print(f"{len(requests)} requests, lengths divided by {args.factor:g}: {mean:.0f} tokens on average")
-    table = [paged_slots(requests, args.block_size)]
-    table += [padded_slots(requests, size, is_static) for size in args.batches for is_static in (False, True)]
-    print(f"{'':30} {'reserved':>9} {'used':>9} {'unused at the end':>18} {'unused over life':>17}")
-    for row in table:
-        shares = f"{row.unused_percent:16.2f} % {row.life_unused_percent:15.2f} %"
-        print(f"{row.name:30} {row.reserved:9} {row.used:9} {shares}")
-    beams = beam_search(*args.beams)
-    print(
-        f"\n{beams.num_beams} beams, prompt of {beams.num_prompt}, {beams.num_own} stored tokens each: at most "
-        f"{beams.peak_slots} slots, {beams.slots} at the end;\none prompt and the beams' own tokens are "
-        f"{beams.ideal_slots}: ratio {beams.ratio:.3f}. {beams.nbytes / 2**20:.1f} MiB, DynamicCache "
-        f"{beams.dynamic_nbytes / 2**20:.1f} MiB. Tokens identical: {beams.is_identical}"
-    )
-    rows = [
-        asdict(x) | {"unused_percent": x.unused_percent, "life_unused_percent": x.life_unused_percent} for x in table
+    title = "Memory: slots for the keys and values of one token that caches reserve, and those that hold one"
+    goals = [
+        Goal("slots of finished requests that hold nothing", "unused_percent", OURS, at_most=4),
+        Goal("slots that hold nothing, over all steps", "life_unused_percent", OURS, at_most=4),
+        Goal("slots of a beam search over the least possible", "peak_slots", OURS, LEAST, at_most=1.1),
     ]
-    result = environment(args.seed) | {"factor": args.factor, "num_requests": len(requests), "mean_tokens": mean}
-    result |= {"slots": rows, "beams": asdict(beams) | {"ratio": beams.ratio}}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    parts: dict[str, Any] = {
+        "columns": COLUMNS,
+        "compared": ["reserved_slots", "kv_bytes"],
+        "ours": [OURS],
+        "goals": goals,
+    }
+    results = make_results(args, "memory", title, ["factor", "block_size", "batches", "beams"], **parts)
+    results.details = {"mean_tokens": sum(map(sum, requests)) / len(requests)}
+    results.lines = all_slots(requests, args.block_size, args.batches)
+    num_beams, num_prompt, num_new = args.beams
+    results.lines += BeamSearch(num_beams, num_prompt, num_new, args.block_size).lines()
+    finish(results, args)
 
 
 if __name__ == "__main__":

@@ -7,30 +7,28 @@
 - *conversations*: turns of several conversations, one after the other, in a pool that holds few of them. A turn begins with
   all that was said before.
 
-First everybody's tokens are compared with those of a pool that is large enough; then the two are timed in turns.
+All tokens are compared with those of a pool that is large enough; the two are timed in turns.
 """
 
 import argparse
-import json
-import platform
 import random
-import statistics
-import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-import transformers
+from script import finish, make_results, parse, parser
 
-import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher
-from paged_cache.bench.models import kv_bytes_per_token, make_model
+from paged_cache.bench.measuring import Sample, Somebody, measure, same
+from paged_cache.bench.models import make_model
+from paged_cache.bench.results import Line
 from paged_cache.demo import count_tokens
 
-FOLDER = Path(__file__).resolve().parent
 VOCABULARY = 256
+WITHOUT, WITH = "without", "with host memory"
+COLUMNS = ["elapsed_time", "num_computed", "num_preemptions", "offloaded", "restored"]
+QUICK = {"model": "tiny", "block_size": 4, "rounds": 1, "offload": "16MiB"}
 Tokens = list[list[int]]
 
 
@@ -75,8 +73,8 @@ def traces(is_quick: bool, block_size: int, seed: int) -> list[Trace]:
     ]
 
 
-def serve(model: Any, trace: Trace, num_blocks: int, block_size: int, offload: str | None) -> dict[str, Any]:
-    """One run over a trace; its answers are under "answers"."""
+def serve(model: Any, trace: Trace, num_blocks: int, block_size: int, offload: str | None) -> Sample:
+    """One run over a trace."""
     pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=block_size, offload_memory=offload)
     options = {"max_new_tokens": trace.num_new, "do_sample": False, "expected_tokens": 1}
     histories, answers = [list(prompt) for prompt in trace.prompts], []
@@ -92,94 +90,39 @@ def serve(model: Any, trace: Trace, num_blocks: int, block_size: int, offload: s
         seconds = time.perf_counter() - start
         num_preemptions = batcher.stats().num_preemptions
     stats, costs = pool.stats(), pool.manager.host.costs
-    return {
-        "seconds": seconds,
-        "num_computed": sum(counts),
-        "num_preemptions": num_preemptions,
-        "offloaded": stats.offloaded,
-        "restored": stats.restored,
-        "not_offloaded": stats.not_offloaded,
-        "us_per_block": 1e6 * (costs.seconds_per_block or 0) or None,
-        "us_per_token": 1e6 * (costs.seconds_per_token or 0) or None,
-        "answers": answers,
-    }
+    metrics = {"elapsed_time": seconds, "num_computed": sum(counts), "num_preemptions": num_preemptions}
+    metrics |= {name: getattr(stats, name) for name in ("offloaded", "restored", "not_offloaded")}
+    # 0 where nothing was measured
+    metrics |= {"block_us": 1e6 * (costs.seconds_per_block or 0), "token_us": 1e6 * (costs.seconds_per_token or 0)}
+    return Sample(answers, metrics)
 
 
-def compare(model: Any, trace: Trace, args: argparse.Namespace) -> dict[str, Any]:
+def compare(model: Any, trace: Trace, args: argparse.Namespace) -> list[Line]:
     """One trace with and without host memory, in turns."""
-    enough = serve(model, trace, trace.longest // args.block_size + 100, args.block_size, None)["answers"]
-    rounds: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
-    for number in range(args.rounds):
-        for name in ("without", "with") if number % 2 == 0 else ("with", "without"):
-            run = serve(model, trace, trace.num_blocks, args.block_size, args.offload if name == "with" else None)
-            if run.pop("answers") != enough:
-                raise SystemExit(f"{trace.name}, {name} host memory: other tokens than in a pool that is large enough")
-            rounds[name].append(run)
-    ratios = [a["seconds"] / b["seconds"] for a, b in zip(rounds["without"], rounds["with"], strict=True)]
-    line: dict[str, Any] = {"trace": trace.name, "num_requests": len(trace.prompts), "num_turns": trace.num_turns}
-    line |= {
-        "num_blocks": trace.num_blocks,
-        "is_identical": True,
-        "speedup": statistics.median(ratios),
-        "ratios": ratios,
-    }
-    return line | {name: runs[-1] | {"seconds": [run["seconds"] for run in runs]} for name, runs in rounds.items()}
-
-
-def show(line: dict[str, Any]) -> None:
-    """A trace in three lines."""
-    print(f"{line['trace']}: {line['num_requests']} requests, {line['num_turns']} turns, {line['num_blocks']} blocks")
-    for name in ("without", "with"):
-        run = line[name]
-        print(
-            f"  {name:8} {statistics.median(run['seconds']):7.2f} s {run['num_computed']:7} tokens computed "
-            f"{run['num_preemptions']:4} preemptions {run['offloaded']:6} blocks out {run['restored']:6} back"
-        )
-    print(f"  {line['speedup']:.2f} times as fast, same tokens")
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    versions["paged_cache"] = paged_cache.__version__
-    machine = {"device": f"cpu, {platform.machine()}", "num_threads": torch.get_num_threads()}
-    return machine | {"versions": versions, "commit": commit or None, "seed": args.seed, "model": args.model}
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="28m", help="tiny, 28m, 8b or shipped")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--offload", default="1GiB", help="host memory")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens: does it run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=FOLDER / "results" / "offload.json")
-    args = parser.parse_args(arguments)
-    if args.quick:
-        args.model, args.block_size, args.rounds, args.offload = "tiny", 4, 1, "16MiB"
-    return args
+    run = partial(serve, model, trace)
+    enough = run(trace.longest // args.block_size + 100, args.block_size, None).answer
+    pools = ((WITHOUT, None), (WITH, args.offload))
+    people = [Somebody(name, partial(run, trace.num_blocks, args.block_size, memory)) for name, memory in pools]
+    case = {"trace": trace.name, "requests": len(trace.prompts), "turns": trace.num_turns, "blocks": trace.num_blocks}
+    return measure(
+        people, [WITHOUT, WITH], case, rounds=args.rounds, warm_up=0, check=lambda found, _: same(found, enough)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints both traces and writes the JSON file."""
-    args = parse(arguments)
+    """Both traces."""
+    options = parser(__doc__, rounds=2)
+    options.add_argument("--model", default="28m", help="tiny, 28m, 8b or shipped")
+    options.add_argument("--block-size", type=int, default=16)
+    options.add_argument("--offload", default="1GiB", help="host memory")
+    args = parse(options, arguments, __file__, QUICK)
+    title = "Host memory for evicted blocks: the same trace in the same small pool, with it and without"
+    parts: dict[str, Any] = {"columns": COLUMNS, "compared": ["elapsed_time", "num_computed"], "ours": [WITH]}
+    results = make_results(args, "offload", title, ["model", "block_size", "offload"], **parts)
     model = make_model(args.model, seed=args.seed)
-    print(f"{args.model}, {kv_bytes_per_token(model)} bytes of K and V per token, blocks of {args.block_size} tokens")
-    lines = []
     for trace in traces(args.quick, args.block_size, args.seed):
-        lines.append(compare(model, trace, args))
-        show(lines[-1])
-    result = environment(args) | {"block_size": args.block_size, "offload": args.offload, "lines": lines}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        results.lines += compare(model, trace, args)
+    finish(results, args)
 
 
 if __name__ == "__main__":

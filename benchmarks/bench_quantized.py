@@ -14,26 +14,27 @@ modules of the running Python's standard library that neither its weights nor it
 
 import argparse
 import json
-import platform
-import subprocess
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from script import finish, make_results, parse, parser
 
-import paged_cache
 from paged_cache import BlockPool, PagedCache, patch
 from paged_cache.assets import MODEL_PATH
+from paged_cache.bench.results import Line
 from paged_cache.loading import few_threads, load
 from paged_cache.memory.storage import KVStorage
 
-FOLDER = Path(__file__).resolve().parent
 EXACT = "float32"
 KV_DTYPES = (EXACT, "bfloat16", "fp8_e4m3", "int8")
+COLUMNS = [
+    "bytes_per_token", "perplexity", "divergence", "text_agreement_percent", "forced_agreement_percent", "free_tokens", "free_rows",
+]  # fmt: skip
+QUICK = {"windows": 4, "length": 40, "prompts": 4, "prompt": 16, "new": 8}
 Pools = dict[str, BlockPool]
 
 
@@ -53,20 +54,6 @@ class Sums:
         self.divergence += (theirs.exp() * (theirs - mine)).sum().item()
         self.agreeing += int((logits.argmax(-1) == exact.argmax(-1)).sum())
         self.predictions += len(target)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of the table. Shares are in percent."""
-
-    kv_dtype: str
-    bytes_per_token: int
-    perplexity: float
-    divergence: float
-    text_agreement: float
-    forced_agreement: float
-    free_tokens: float
-    free_rows: int
 
 
 def held_out_windows(tokenizer: Any, count: int, length: int) -> torch.Tensor:
@@ -123,72 +110,54 @@ def free(model: Any, pool: BlockPool, prompts: torch.Tensor, num_new: int) -> to
     return output[:, prompts.shape[1] :]  # type: ignore[no-any-return]
 
 
-def measure(windows: torch.Tensor, num_prompts: int, num_prompt: int, num_new: int) -> list[Line]:
-    """All lines of the table."""
+def lines(windows: torch.Tensor, args: argparse.Namespace) -> list[Line]:
+    """A line per dtype. Counts, not times: one sample each."""
     model, _ = load(MODEL_PATH)
-    prompts = windows[:num_prompts, :num_prompt]
-    pools = make_pools(model, max(windows.numel(), num_prompts * (num_prompt + num_new)) + 16 * len(windows))
+    prompts = windows[: args.prompts, : args.prompt]
+    pools = make_pools(model, max(windows.numel(), args.prompts * (args.prompt + args.new)) + 16 * len(windows))
     with few_threads(model), patch(model):
         on_text = forced(model, pools, windows, start=1)
-        answers = {name: free(model, pool, prompts, num_new) for name, pool in pools.items()}
-        on_answers = forced(model, pools, torch.cat([prompts, answers[EXACT]], dim=1), start=num_prompt)
-    lines = []
+        answers = {name: free(model, pool, prompts, args.new) for name, pool in pools.items()}
+        on_answers = forced(model, pools, torch.cat([prompts, answers[EXACT]], dim=1), start=args.prompt)
+    case = {"windows": args.windows, "prompts": args.prompts}
+    found = []
     for name, pool in pools.items():
         text, answer = on_text[name], on_answers[name]
         agreeing = (answers[name] == answers[EXACT]).int().cumprod(1).sum(1)
-        lines.append(
-            Line(
-                kv_dtype=name,
-                bytes_per_token=pool.bytes_per_token,
-                perplexity=float(torch.tensor(text.nats / text.predictions).exp()),
-                divergence=text.divergence / text.predictions,
-                text_agreement=100 * text.agreeing / text.predictions,
-                forced_agreement=100 * answer.agreeing / answer.predictions,
-                free_tokens=agreeing.float().mean().item(),
-                free_rows=int((agreeing == num_new).sum()),
-            )
+        numbers = (
+            pool.bytes_per_token,
+            float(torch.tensor(text.nats / text.predictions).exp()),
+            text.divergence / text.predictions,
+            100 * text.agreeing / text.predictions,
+            100 * answer.agreeing / answer.predictions,
+            agreeing.float().mean().item(),
+            int((agreeing == args.new).sum()),
         )
-    return lines
-
-
-def environment(seed: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, paged_cache)}
-    versions["python"] = platform.python_version()
-    return {"device": f"cpu, {platform.machine()}", "versions": versions, "commit": commit or None, "seed": seed}
+        found.append(Line(case, name, {metric: [number] for metric, number in zip(COLUMNS, numbers, strict=True)}))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--windows", type=int, default=32, help="of held-out text")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument(
+    """One line per dtype."""
+    options = parser(__doc__)
+    options.add_argument("--windows", type=int, default=32, help="of held-out text")
+    options.add_argument("--length", type=int, default=512, help="tokens of a window")
+    options.add_argument(
         "--prompts", type=int, default=32, help="at most as many as windows, whose first tokens they are"
     )
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=256, help="tokens that are generated")
-    parser.add_argument("--output", type=Path, default=FOLDER / "results" / "quantized_kv.json")
-    args = parser.parse_args(arguments)
-    torch.manual_seed(0)
-
-    windows = held_out_windows(load(MODEL_PATH)[1], args.windows, args.length)
-    lines = measure(windows, args.prompts, args.prompt, args.new)
-    print(
-        f"{'':10} {'B/token':>7} {'ratio':>6} {'perplexity':>10} {'KL':>9} {'text':>8} {'forced':>8} {'free':>7} {'rows':>5}"
-    )
-    for x in lines:
-        print(
-            f"{x.kv_dtype:10} {x.bytes_per_token:7} {x.bytes_per_token / lines[0].bytes_per_token:6.4f} "
-            f"{x.perplexity:10.4f} {x.divergence:9.2e} {x.text_agreement:6.2f} % {x.forced_agreement:6.2f} % "
-            f"{x.free_tokens:7.1f} {x.free_rows:2}/{args.prompts}"
-        )
-    settings = {name: getattr(args, name) for name in ("windows", "length", "prompts", "prompt", "new")}
-    result = environment(0) | settings | {"lines": [asdict(x) for x in lines]}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    options.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    options.add_argument("--new", type=int, default=256, help="tokens that are generated")
+    args = parse(options, arguments, __file__, QUICK)
+    title = "What 8 bits of K and V cost, on text that the package's model never saw"
+    names = ["windows", "length", "prompts", "prompt", "new"]
+    parts: dict[str, Any] = {
+        "columns": COLUMNS,
+        "compared": ["bytes_per_token", "perplexity"],
+        "ours": list(KV_DTYPES[2:]),
+    }
+    results = make_results(args, "quantized_kv", title, names, **parts)
+    results.lines = lines(held_out_windows(load(MODEL_PATH)[1], args.windows, args.length), args)
+    finish(results, args)
 
 
 if __name__ == "__main__":

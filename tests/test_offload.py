@@ -1,10 +1,6 @@
 """Blocks that the pool evicts go to host memory and come back: the tokens stay those of `generate`."""
 
 import copy
-import json
-import runpy
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -328,21 +324,3 @@ def test_pinned_memory_on_cuda():
     assert 0 < pool.manager.host.costs.seconds_per_block < 1
     assert isinstance(pool.host_storage, HostStorage)
     assert_whole(pool)
-
-
-def test_the_benchmark_runs(monkeypatch, tmp_path):
-    """Both traces have the same tokens with and without host memory, and fewer of them are computed with it."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    monkeypatch.syspath_prepend(folder)
-    output = tmp_path / "offload.json"
-    runpy.run_path(str(folder / "bench_offload.py"))["main"](["--quick", "--output", str(output)])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "batching"]:
-        del sys.modules[name]
-    preempted, conversations = json.loads(output.read_text(encoding="utf-8"))["lines"]
-
-    assert preempted["is_identical"]
-    assert conversations["is_identical"]
-    assert preempted["with"]["num_preemptions"] > 0
-    assert preempted["with"]["offloaded"] + conversations["with"]["offloaded"] > 0
-    assert conversations["with"]["restored"] > 0
-    assert conversations["with"]["num_computed"] < conversations["without"]["num_computed"]

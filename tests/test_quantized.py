@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -242,22 +239,3 @@ def test_wrong_dtypes(arguments, words):
     """The message names the values, and what would be right."""
     with pytest.raises(InvalidRequestError, match=words):
         BlockPool.for_model(model("llama"), num_blocks=2, **arguments)
-
-
-def test_the_benchmark_says_what_8_bits_cost(tmp_path):
-    """It measures against itself, sees that rounding acts, and counts bytes; the figures are in docs/quantized_kv.md."""
-    output = tmp_path / "quantized_kv.json"
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_quantized.py"
-    arguments = ["--windows", "2", "--length", "40", "--prompts", "2", "--prompt", "16", "--new", "8"]
-    runpy.run_path(str(script))["main"]([*arguments, "--output", str(output)])
-    lines = {line["kv_dtype"]: line for line in json.loads(output.read_text(encoding="utf-8"))["lines"]}
-    exact = lines.pop("float32")
-    assert (exact["divergence"], exact["text_agreement"], exact["forced_agreement"], exact["free_rows"]) == (
-        0,
-        100,
-        100,
-        2,
-    )
-    assert list(lines) == ["bfloat16", "fp8_e4m3", "int8"]
-    assert all(0 < line["divergence"] < 0.1 and line["text_agreement"] > 50 for line in lines.values())
-    assert [line["bytes_per_token"] / exact["bytes_per_token"] for line in lines.values()] == [1 / 2, 9 / 32, 9 / 32]

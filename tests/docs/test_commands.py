@@ -14,6 +14,7 @@ import pytest
 import typer.core
 import typer.main
 
+from paged_cache.assets import MODEL_PATH
 from paged_cache.cli import app
 from tests.docs.pages import ROOT, blocks, name, pages, prose
 
@@ -103,28 +104,49 @@ def forget_neighbours(folder: Path) -> None:
             del sys.modules[module]
 
 
+def without_work(command: Any, runs: list[str]) -> None:
+    """Subcommands note that they were called, and do nothing."""
+    if members := getattr(command, "commands", None):
+        for member in members.values():
+            without_work(member, runs)
+    else:
+        command.callback = lambda **_: runs.append(command.name)
+
+
+def is_a_name(group: Any, words: list[str]) -> bool:
+    """Whether the words only name a subcommand, as sentences do, and ask for nothing."""
+    for word in words:
+        group = getattr(group, "commands", {}).get(word)
+    return group is not None
+
+
 @pytest.mark.parametrize("command", commands("paged-cache"), ids=label)
 def test_paged_cache_takes_the_options(command: Command) -> None:
     """A subcommand with these options and arguments exists."""
     runs: list[str] = []
-
-    def without_work(group: Any) -> None:
-        for member in getattr(group, "commands", {}).values():
-            if hasattr(member, "commands"):
-                without_work(member)
-            else:
-                member.callback = lambda name=member.name, **_: runs.append(name)
-
     group = typer.main.get_command(app)
-    without_work(group)
     arguments = command.words[1:]
-    if not arguments or "--help" in arguments or "--version" in arguments:
-        arguments = ["--help"]
+    if is_a_name(group, arguments) or "--version" in arguments:
+        arguments = [*arguments, "--help"]
+    without_work(group, runs)
     with pytest.raises(SystemExit) as end:
         group.main(arguments, prog_name="paged-cache")
 
     assert not end.value.code, f"see `{command.text}` in {name(command.page)}"
-    assert runs or arguments == ["--help"]
+    assert runs or "--help" in arguments
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("paged-cache") if re.match(r"plan <\w+>", c.text[12:])], ids=label
+)
+def test_plans_are_made(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is cheap is run: the memory of the package's model is planned."""
+    words = shlex.split(re.sub(r"<\w+>", str(MODEL_PATH), command.text))
+    with pytest.raises(SystemExit) as end:
+        typer.main.get_command(app).main(words[1:], prog_name="paged-cache")
+
+    assert not end.value.code
+    assert "blocks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", commands("python"), ids=label)

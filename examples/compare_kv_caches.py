@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
-import paged_cache
-from paged_cache import BlockPool, PagedCache
+from paged_cache import BlockPool, PagedCache, patch
 from paged_cache.assets import MODEL_PATH
 
 NEW = 32
@@ -25,7 +24,7 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model: Any = AutoModelForCausalLM.from_pretrained(name)
 inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
 options = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-paged_cache.patch(model)  # does nothing to other caches
+patch(model)  # does nothing to other caches
 pool = BlockPool.for_model(model, num_blocks=256, prefix_caching=False)  # else the second round has its prompts already
 ways: dict[str, Any] = {
     "no cache": lambda: None,

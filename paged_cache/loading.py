@@ -15,6 +15,7 @@ SMALL = 50_000_000
 """Parameters."""
 PROBE = [[5, 6, 7], [5, 6, 8]]
 """Two inputs that differ in their last token only: a causal model answers alike up to there."""
+TEXT = "a, 1"
 
 
 def load(
@@ -80,13 +81,18 @@ def _require_language_model(name: str | Path) -> None:
 def _load_tokenizer(name: str | Path, is_needed: bool) -> Any:
     try:
         tokenizer = _load(AutoTokenizer, name, "tokenizer")
-        if not tokenizer.vocab_size:  # what transformers makes of some folders without one
+        if not _can_read(tokenizer):  # what transformers makes of some folders without one
             raise InvalidRequestError(f"cannot load the tokenizer of {name}: it has no vocabulary.")
     except InvalidRequestError:
         if is_needed:
             raise
         return None
     return tokenizer
+
+
+def _can_read(tokenizer: Any) -> bool:
+    """Whether it makes more of a text than nothing, or tokens that stand for the unknown."""
+    return bool(tokenizer.vocab_size and set(tokenizer(TEXT)["input_ids"]) - set(tokenizer.all_special_ids))
 
 
 def _load(auto_class: Any, name: str | Path, part: str, **kwargs: Any) -> Any:

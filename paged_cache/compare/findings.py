@@ -23,7 +23,7 @@ def findings(results: Results) -> list[str]:
 
 def _tokens(results: Results) -> str:
     if wrong := faults(results):
-        return "NOT the tokens of the reference: " + "; ".join(wrong)
+        return "NOT RIGHT: " + "; ".join(wrong)
     values = [x for line in results.lines if line.candidate in results.ours for x in line.metrics["identical_percent"]]
     if min(values) == 100:
         return f"All tokens of {PAGED} and of the batcher are those of DynamicCache, unpadded and alone."

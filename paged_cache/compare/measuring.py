@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -232,7 +233,6 @@ def part(results: Results, key: str) -> Results:
 
 
 def faults(results: Results) -> list[str]:
-    """What is wrong with ours, a line each: other tokens, or an error."""
-    return [
-        f"{line.candidate} ({line.case}): {line.note}" for line in results.lines if line.candidate in OURS and line.note
-    ]
+    """What is wrong with ours, each once: other tokens than the reference's, or an error."""
+    notes = Counter((line.candidate, line.note) for line in results.lines if line.note and line.candidate in OURS)
+    return [f"{name}: {note} (in {count} cases)" for (name, note), count in notes.items()]

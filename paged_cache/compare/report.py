@@ -1,6 +1,9 @@
 """`paged-cache compare` on the screen, and the files that it leaves."""
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +12,7 @@ from rich.text import Text
 
 from ..bench.results import Results
 from ..bench.tables import environment_line, show_grids, warning
-from ..loading import few_threads
+from ..loading import few_threads, quiet
 from .findings import findings
 from .measuring import Comparison, faults, part
 from .page import PARTS, save_html, save_png
@@ -37,7 +40,7 @@ def run(settings: Settings, output: Path, command: str, console: Console) -> boo
     start = time.perf_counter()
     with console.status(f"Loading {settings.model}"):
         subject = load_subject(settings)
-    with few_threads(subject.model):
+    with few_threads(subject.model), quiet(), _quiet_peers():
         results = _measured(Comparison(subject), command, console)
     for key, title in PARTS.items():
         if part(results, key).lines:
@@ -50,6 +53,17 @@ def run(settings: Settings, output: Path, command: str, console: Console) -> boo
     _write(results, output, console)
     console.print(f"[dim]{time.perf_counter() - start:.0f} s[/]")
     return not faults(results)
+
+
+@contextmanager
+def _quiet_peers() -> Iterator[None]:
+    """Hushes what transformers' batching logs when it fails: the tables have a note on it."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _measured(comparison: Comparison, command: str, console: Console) -> Results:

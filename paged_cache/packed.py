@@ -12,7 +12,8 @@ from .memory.sequence import Sequence
 from .memory.storage import Lane
 from .model_spec import cache_layers
 from .pool import BlockPool
-from .step import GroupWrites, Keys, PagedView, TableTensor, Values
+from .row_tensors import TableTensor
+from .step import GroupWrites, Keys, PagedView, Values
 
 
 class PackedStep:

@@ -10,10 +10,10 @@ import torch
 from .adapters.exclusive import lock_of
 from .compat import logger, peft_layer_classes
 from .errors import InvalidRequestError, PagedCacheError
-from .memory.growth import Growth
 from .memory.sequence import Sequence
 from .pool import BlockPool
-from .step import GroupStep, PagedView, Step, StepInputs, TableTensor
+from .row_tensors import LensTensor, TableTensor
+from .step import GroupStep, PagedView, Step, StepInputs
 
 WITH_CROSS_ATTENTION = (
     "cross attention needs a cache of its own: EncoderDecoderCache(PagedCache(pool), DynamicCache())."
@@ -61,6 +61,7 @@ class PagedState:
         self._is_hooked = False
         self._turn: Any = None
         self._tables = [TableTensor() for _ in pool.storage.layout.windows]
+        self._lens = LensTensor()
 
     def __del__(self) -> None:
         if self.rows:
@@ -222,11 +223,7 @@ class PagedState:
         self.expand(inputs.batch)
         assert self.rows is not None
         end = self.length + inputs.q_len
-        growths = []
-        for i, (row, pad) in enumerate(zip(self.rows, inputs.pads, strict=True)):
-            tokens = inputs.tokens[i] if inputs.tokens is not None else None
-            growths.append(Growth(row, max(end - max(pad, self.length), 0), tokens))
-        writes = self.pool.manager.extend(growths)
+        slots = inputs.grow(self.pool.manager, self.rows, self.length)
         step = Step(
             self.pool.storage,
             self.rows,
@@ -238,10 +235,10 @@ class PagedState:
             inputs.needs_weights,
             not self.pool.has_attention_interface,
             self.pads,
+            self._lens,
         )
         step.groups = tuple(
-            GroupStep(lane, step, writes.slots[lane.group], self._tables[lane.group])
-            for lane in self.pool.storage.lanes
+            GroupStep(lane, step, slots[lane.group], self._tables[lane.group]) for lane in self.pool.storage.lanes
         )
         self.open, self.pads, self.length = step, inputs.pads, end
         return step

@@ -8,43 +8,12 @@ from typing import Any
 
 import torch
 
-from .memory.growth import SKIP
+from .memory.growth import SKIP, Growth
+from .memory.manager import BlockManager
 from .memory.sequence import Sequence
 from .memory.storage import KVStorage, Lane
 from .paged_tensor import PagedTensor, Source
-
-
-class TableTensor:
-    """Block tables of all rows in one group, on each device that asks; only rows that changed are written again."""
-
-    def __init__(self) -> None:
-        self._host = torch.zeros(0, 0, dtype=torch.int32)
-        self._on: dict[torch.device, torch.Tensor] = {}
-        self._versions: list[tuple[int, int]] = []
-
-    def update(self, rows: list[Sequence], group: int, device: torch.device) -> torch.Tensor:
-        """int32 `[rows, max_blocks]`; entries beyond a row's blocks and returned blocks are -1."""
-        versions = [(id(row), row.version) for row in rows]
-        if versions != self._versions:
-            self._write(rows, group, versions)
-        if device not in self._on:
-            self._on[device] = self._host if device.type == "cpu" else self._host.to(device)
-        return self._on[device]
-
-    def _write(self, rows: list[Sequence], group: int, versions: list[tuple[int, int]]) -> None:
-        self._on = {}
-        width = max(len(row.tables[group]) for row in rows)
-        if self._host.shape[0] != len(rows) or self._host.shape[1] < width:
-            self._host = torch.full((len(rows), width + width // 4 + 4), -1, dtype=torch.int32)
-            self._versions = []
-        known = dict(enumerate(self._versions))
-        table = self._host.numpy()
-        for i, row in enumerate(rows):
-            if known.get(i) != versions[i]:
-                blocks = row.tables[group]
-                table[i, : len(blocks)] = blocks
-                table[i, len(blocks) :] = -1
-        self._versions = versions
+from .row_tensors import LensTensor, TableTensor
 
 
 class Lengths:
@@ -58,7 +27,7 @@ class Lengths:
     @cached_property
     def seq_lens(self) -> torch.Tensor:
         """int32 `[batch]`: stored tokens per row, the new ones included."""
-        return torch.tensor([row.num_tokens for row in self._step.rows], dtype=torch.int32, device=self._device)
+        return self._step.lens.update(self._step.rows, self._device)
 
     @cached_property
     def pads(self) -> torch.Tensor:
@@ -156,6 +125,20 @@ class StepInputs:
     is_regular: bool = False
     needs_weights: bool = False
 
+    def grow(self, manager: BlockManager, rows: list[Sequence], start: int) -> list[list[list[int]]]:
+        """Makes room for the new tokens behind column `start`; returns their slots, `[group][row]`.
+
+        Raises:
+            OutOfBlocksError: Too few blocks for all rows; nothing was changed.
+        """
+        if self.tokens is not None and self.q_len == 1 and all(self.tokens):  # the usual decoding step
+            slots = manager.append(rows, [token for (token,) in self.tokens])
+            return [[[slot] for slot in group] for group in slots]
+        known = self.tokens if self.tokens is not None else [None] * len(rows)
+        counts = [max(start + self.q_len - max(pad, start), 0) for pad in self.pads]
+        growths = [Growth(row, count, ids) for row, count, ids in zip(rows, counts, known, strict=True)]
+        return manager.extend(growths).slots
+
 
 @dataclass
 class Step:
@@ -171,6 +154,7 @@ class Step:
         is_regular: Whether the mask hides nothing but left padding, so that a kernel needs no mask.
         is_contiguous: Whether dense tensors have to be contiguous, at the cost of one more copy.
         known_pads: `pads` before this step.
+        lens: Makes the rows' lengths.
         needs_weights: Whether the caller asked for attention probabilities, which no kernel gives.
         groups: One for each lane of the storage.
     """
@@ -185,6 +169,7 @@ class Step:
     needs_weights: bool = False
     is_contiguous: bool = False
     known_pads: list[int] = field(default_factory=list)
+    lens: LensTensor = field(default_factory=LensTensor)
     groups: tuple[GroupStep, ...] = ()
     num_updates: int = 0
     max_q_len = None  # rows are not packed

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections import Counter
 from unittest import mock
 
@@ -19,6 +20,7 @@ from tests.architectures.tiny import build
 from tests.models import assert_whole, maybe_patched, poisoned_pool, prompts
 
 cpu = pytest.importorskip("paged_cache.kernels.cpu", reason="the CPU kernel needs numba")
+Repeat = importlib.import_module("paged_cache.kernels.cpu.attention").Repeat
 
 KINDS = {
     "llama": "llama",
@@ -48,6 +50,7 @@ class Calls(Counter):
 
     def __enter__(self):
         self._patches = [mock.patch.object(x, "paged_attention", self._counting(x)) for x in (reference, cpu)]
+        self._patches.append(mock.patch.object(Repeat, "__call__", self._counting_repeats()))
         for patch in self._patches:
             patch.start()
         return self
@@ -64,6 +67,16 @@ class Calls(Counter):
             return kernel(query, *args, **kwargs)
 
         return paged_attention
+
+    def _counting_repeats(self):
+        repeat = Repeat.__call__
+
+        def again(this, query, *args):
+            out = repeat(this, query, *args)
+            self["cpu", "one" if query.shape[2] == 1 else "several"] += out is not None
+            return out
+
+        return again
 
 
 @pytest.fixture

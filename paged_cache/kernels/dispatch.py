@@ -12,6 +12,7 @@ import torch
 from ..errors import InvalidRequestError
 from . import reference
 from .checks import check_write
+from .memo import REPEAT
 
 logger = logging.getLogger("paged_cache")
 
@@ -53,6 +54,11 @@ def paged_attention(
     Raises:
         InvalidRequestError: Shapes do not fit each other, or `PAGED_CACHE_KERNEL` is no kernel.
     """
+    is_plain = sinks is None and alibi_slopes is None and position_bias is None and key_scales is None
+    if is_plain and memo and REPEAT in memo and not torch.compiler.is_compiling():
+        repeated: torch.Tensor | None = memo[REPEAT](query, key_cache, value_cache)
+        if repeated is not None:
+            return repeated
     options = {
         "scale": scale,
         "cu_seqlens_q": cu_seqlens_q,

@@ -110,8 +110,10 @@ class KVStorage:
         """
         blocks = self.layers[layer]
         if blocks.flat_keys is not None and blocks.flat_values is not None and blocks.key_scales is None:
-            blocks.flat_keys.index_copy_(0, slots, keys.to(self.kv_dtype))
-            blocks.flat_values.index_copy_(0, slots, values.to(self.kv_dtype))
+            if keys.dtype is not self.kv_dtype or values.dtype is not self.kv_dtype:
+                keys, values = keys.to(self.kv_dtype), values.to(self.kv_dtype)
+            blocks.flat_keys.index_copy_(0, slots, keys)
+            blocks.flat_values.index_copy_(0, slots, values)
         else:
             scales = {"key_scales": blocks.key_scales, "value_scales": blocks.value_scales}
             write_kv(keys, values, blocks.keys, blocks.values, slots, **scales)

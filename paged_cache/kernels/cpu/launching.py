@@ -84,7 +84,7 @@ class Launch:
         self, dtype: torch.dtype, num_threads: int, workspace: Workspace, rest: tuple[float, ...], kept: Any
     ) -> None:
         self._worker, self._num_threads = _compile(dtype), num_threads
-        self._workspace, self._kept = workspace, kept
+        self._workspace, self.kept = workspace, kept
         self._record = ctypes.create_string_buffer(record.CALL.itemsize)
         self._address = ctypes.addressof(self._record)
         _PACK_REST(self._record, _ADDRESSES.size, *rest)

@@ -1,11 +1,15 @@
-"""Models that are served: random ones from a seed, and the one that the package ships."""
+"""Models that are served: random ones from a seed, the one that the package ships, and any other by id or folder."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from .. import BlockPool
 from ..assets import MODEL_PATH
+from ..errors import InvalidRequestError
+from ..loading import load
 
 SHIPPED = "shipped"
 SIZES: dict[str, dict[str, Any]] = {
@@ -24,17 +28,43 @@ EMBEDDING_STD = (
 
 
 def make_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model without an end-of-sequence token: whoever serves it generates as many tokens as were asked for."""
+    """A model without an end-of-sequence token: whoever serves it generates as many tokens as were asked for.
+
+    Args:
+        name: One of `NAMES`, an id on the hub, or a folder.
+        device, dtype: Of the model.
+        seed: Of the weights of a random one.
+
+    Raises:
+        InvalidRequestError, UnsupportedModelError: As `loading.load`.
+    """
     torch.manual_seed(seed)
-    if name == SHIPPED:
-        model: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype)
-    else:
+    if name in SIZES:
         model = _random_model(SIZES[name], device, dtype)
-    model = model.to(device)
-    model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")
+    else:
+        model = load(folder(name) or name, device=device, dtype=dtype, needs_tokenizer=False)[0]
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = None, 0
     return model.eval()
+
+
+def folder(name: str) -> Path | None:
+    """Where the model lies; None for a random one, or an id on the hub."""
+    if name == SHIPPED:
+        return MODEL_PATH
+    return Path(name) if name not in SIZES and Path(name).is_dir() else None
+
+
+def load_tokenizer(name: str) -> Any:
+    """That of a model.
+
+    Raises:
+        InvalidRequestError: The model is a random one.
+    """
+    if name in SIZES:
+        raise InvalidRequestError(f"the model {name} has random weights and no tokenizer, which texts need.")
+    return AutoTokenizer.from_pretrained(folder(name) or name)
 
 
 def _random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
@@ -54,5 +84,5 @@ def count_parameters(model: Any) -> int:
 
 def kv_bytes_per_token(model: Any) -> int:
     """K and V of one token in all layers."""
-    config = model.config
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize)
+    pool = BlockPool.for_model(model, num_blocks=1)
+    return pool.nbytes // pool.block_size

@@ -2,12 +2,21 @@
 
 import typer
 
+from .gpu import gpu
 from .kernels import kernels
 from .report import all_, report
 from .scheduling import scheduling
+from .serving import serve, throughput
+from .steps import decode, latency, startup
 
 app = typer.Typer(name="bench", help="Measure this package against its peers, on this machine.", no_args_is_help=True)
+app.command()(decode)
+app.command()(gpu)
 app.command()(kernels)
+app.command()(latency)
 app.command()(scheduling)
+app.command()(startup)
+app.command()(throughput)
+app.command()(serve)
 app.command()(report)
 app.command("all")(all_)

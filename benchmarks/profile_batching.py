@@ -1,5 +1,12 @@
-"""Where the time goes: parts of the batcher and of the model, timed one by one."""
+"""Where the batcher's time goes: parts of it and of the model, timed one by one.
 
+    python benchmarks/profile_batching.py
+    python benchmarks/profile_batching.py --model 28m --output-json results/profile_28m.json
+
+First a step in which `--sequences` requests decode, then all of the requests of `paged-cache bench throughput`.
+"""
+
+import argparse
 import statistics
 import sys
 import time
@@ -7,15 +14,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from paged_cache import BlockPool, ContinuousBatcher
 from paged_cache.batching import processing
+from paged_cache.bench import models
+from paged_cache.bench.results import Line, Results, environment
+from paged_cache.bench.serving.comparing import CHECKED, Settings
+from paged_cache.bench.serving.datasets import Dataset
+from paged_cache.bench.serving.ours import Ours
 from paged_cache.bench.workload import Workload
-
-from .ours import Ours
 
 PROMPT, WARM_UP, STEPS = 64, 16, 200
 LINEAR, ATTENTION, UPDATE, ROTARY = "linear layers", "attention", "cache update", "rotary embedding"
@@ -109,9 +120,10 @@ def profile_decoding(model: Any, num_seqs: int, num_steps: int) -> Profile:
 
 def profile_workload(ours: Ours, workload: Workload) -> Profile:
     """All of `generate`."""
+    options: dict[str, Any] = {"max_new_tokens": workload.num_new, "do_sample": False, "progress_bar": False}
     with closing(Parts()) as parts, ours.batcher(workload) as batcher:
         _watch(parts, batcher, ours.model)
-        ours.serve(batcher, workload)
+        batcher.generate(workload.prompts, **options)
         steps = batcher.stats().num_steps
     parts.end_step()
     milliseconds = {name: 1e3 * seconds for name, seconds in parts.steps[0].items()}
@@ -143,6 +155,16 @@ def _watch(parts: Parts, batcher: Any, model: Any) -> None:
             parts.watch(module, "forward", NORMS)
 
 
+def line(found: Profile) -> Line:
+    """For results."""
+    parts = sorted(found.milliseconds.items(), key=lambda item: -item[1])
+    metrics = {f"{name.replace(',', '').replace(' ', '_')}_ms": [ms] for name, ms in parts}
+    together = sum(found.milliseconds.values())
+    return Line(
+        {"served": found.name}, "sjf", {"together_ms": [together], "bookkeeping_percent": [found.bookkeeping]} | metrics
+    )
+
+
 def describe(found: Profile) -> str:
     """A line per part, the longest first."""
     whole = sum(found.milliseconds.values())
@@ -150,3 +172,58 @@ def describe(found: Profile) -> str:
     lines = [f"{name:36}{ms:10.3f} ms {ms / whole:7.1%}" for name, ms in parts]
     lines.append(f"{'bookkeeping':36}{whole * found.bookkeeping / 100:10.3f} ms {found.bookkeeping:6.1f}%")
     return "\n".join([f"\n{found.name}: {whole:.2f} ms", *lines])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="as for `paged-cache bench throughput`; shipped, with --quick tiny")
+    parser.add_argument("--sequences", type=int, default=32, help="that decode in a step")
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--factor", type=float, default=5.0, help="by which the trace's lengths are divided")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="few short requests, a tiny model")
+    parser.add_argument("--output-json", type=Path)
+    args = parser.parse_args(arguments)
+    args.model = args.model or ("tiny" if args.quick else models.SHIPPED)
+    if args.quick:
+        args.num_prompts, args.factor = 8, 20.0
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the parts, and writes the JSON file if one is asked for."""
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(args.model, args.device, args.dtype, args.threads, args.seed)
+    model = models.make_model(args.model, args.device, settings.torch_dtype, args.seed)
+    dataset = Dataset(num_prompts=args.num_prompts, factor=args.factor)
+    workload = dataset.make(model.config.vocab_size, 0, args.seed)
+    served = Ours(model, "sjf", limits=settings.limits())
+    served.serve(workload.first(CHECKED))
+    known = settings.for_json() | dataset.settings() | {"sequences": args.sequences}
+    results = Results(
+        "batching_profile",
+        "Where the batcher's time goes",
+        " ".join(["python benchmarks/profile_batching.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        environment(args.seed, args.device),
+        known,
+        columns=["together_ms", "bookkeeping_percent", "linear_layers_ms", "attention_ms", "scheduling_ms"],
+        ours=["sjf"],
+    )
+    profiles = [
+        profile_decoding(model, args.sequences, 20 if args.quick else STEPS),
+        profile_workload(served, workload),
+    ]
+    print(*map(describe, profiles), sep="\n")
+    results.add(map(line, profiles))
+    if args.output_json:
+        results.save(args.output_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,16 @@
-"""Very many random requests in a pool that is too small, some of them cancelled: each comes to exactly one end."""
+"""Very many random requests in a pool that is too small, some of them cancelled: each comes to exactly one end.
 
+python benchmarks/soak_batching.py --num-prompts 10000
+"""
+
+import argparse
+import logging
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 from paged_cache import BlockPool, ContinuousBatcher
+from paged_cache.bench.models import make_model
+from paged_cache.bench.results import Line, Results, environment
 
 MAX_OPEN = 64  # requests that are under way at a time
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, NUM_BLOCKS = 16, 128, 32
@@ -182,3 +191,55 @@ def describe(found: Soak) -> str:
         f" {found.num_preemptions} preemptions; {found.num_compared} compared with generate;"
         f" the process grew by {found.grown_bytes / 2**20:.1f} MiB"
     )
+
+
+def results_of(found: Soak, args: argparse.Namespace, command: str) -> Results:
+    """In the format of all measurements."""
+    counts = {name: [float(value)] for name, value in vars(found).items() if isinstance(value, int)}
+    ends = {f"num_{reason}": [float(count)] for reason, count in found.reasons.items()}
+    return Results(
+        "batching_soak",
+        "Very many random requests in a pool that is too small",
+        command,
+        environment(args.seed),
+        {"model": args.model, "num_prompts": args.num_prompts, "num_blocks": NUM_BLOCKS},
+        columns=["duration", *ends, "num_preemptions", "num_compared", "num_problems"],
+        ours=["sjf"],
+        lines=[
+            Line(
+                {"num_prompts": args.num_prompts},
+                "sjf",
+                {"duration": [found.seconds], **counts, **ends, "num_problems": [float(len(found.problems))]},
+            )
+        ],
+        details={"problems": found.problems},
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exits with the problems, if there are any."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="as for `paged-cache bench throughput`")
+    parser.add_argument("--num-prompts", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-json", type=Path)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    logger = logging.getLogger("paged_cache")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of each request that is rejected
+    try:
+        found = soak(make_model(args.model, seed=args.seed), args.num_prompts, args.seed)
+    finally:
+        logger.setLevel(level)
+    print(describe(found))
+    if args.output_json:
+        typed = sys.argv[1:] if arguments is None else arguments
+        results_of(found, args, " ".join(["python benchmarks/soak_batching.py", *typed])).save(args.output_json)
+    if found.problems:
+        raise SystemExit("\n".join([f"{len(found.problems)} problems:", *found.problems[:20]]))
+
+
+if __name__ == "__main__":
+    main()

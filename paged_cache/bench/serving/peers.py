@@ -9,9 +9,9 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from paged_cache.bench.workload import Workload
-
-from .outcome import Run, Served
+from ...kv_memory import key_value_tensors
+from ..workload import Workload
+from .outcome import Pace, Run, Served
 
 GENERATE_BATCH = ("generate_batch",) if "page_size" in signature(ContinuousBatchingConfig).parameters else ()
 """Earlier versions of transformers (5.17) have other settings, and are not measured."""
@@ -45,19 +45,20 @@ class Loop:
         """Settings."""
         return {"batch_size": self.size}
 
-    def run(self, workload: Workload) -> Run:
-        """Batches in the order of arrival; each goes on until its longest answer is complete."""
+    def serve(self, workload: Workload, pace: Pace | None = None) -> Run:
+        """Batches in the order of arrival; each begins when all of its requests came, and ends with its longest answer."""
+        pace = pace or Pace.at_once(len(workload.prompts))
         start, requests, kv_bytes = time.perf_counter(), list[Served](), 0
         for i in range(0, len(workload.prompts), self.size):
             rows, num_new = workload.prompts[i : i + self.size], workload.num_new[i : i + self.size]
+            _sleep_until(start + max(pace.arrivals[i : i + self.size]))
             cache = DynamicCache(config=self.model.config)
             watch = Stopwatch()
             outputs = self._generate(rows, max(num_new), cache, watch)
             kv_bytes = max(kv_bytes, _nbytes(cache))
             times = [moment - start for moment in watch.times[1:]]
-            requests += [
-                Served(row[:n], times[0], times[n - 1]) for row, n in zip(outputs.tolist(), num_new, strict=True)
-            ]
+            for row, n in zip(outputs.tolist(), num_new, strict=True):
+                requests.append(Served(row[:n], times[:n], _let_in(requests, pace)))
         return Run(time.perf_counter() - start, requests, kv_bytes)
 
     def _generate(self, rows: list[list[int]], num_new: int, cache: DynamicCache, watch: Stopwatch) -> torch.Tensor:
@@ -107,25 +108,33 @@ class GenerateBatch:
         """Settings."""
         return {"page_size": self.page_size, "max_tokens": self.max_tokens, "num_keys": self.num_keys}
 
-    def run(self, workload: Workload) -> Run:
-        """From the moment its thread starts, with all requests in its queue."""
+    def serve(self, workload: Workload, pace: Pace | None = None) -> Run:
+        """From the moment its thread starts; without a pace with all requests in its queue."""
+        count, arrivals = len(workload.prompts), dict[str, float]()
         manager = self._manager(workload)
+
+        def add(arrival: float) -> None:
+            i = len(arrivals)
+            arrivals[str(i)] = arrival
+            options = {"max_new_tokens": workload.num_new[i], "record_timestamps": True}
+            manager.add_request(workload.prompts[i], request_id=str(i), **options)
+
         try:
-            for i, (prompt, num_new) in enumerate(zip(workload.prompts, workload.num_new, strict=True)):
-                manager.add_request(prompt, request_id=str(i), max_new_tokens=num_new, record_timestamps=True)
+            for _ in range(0 if pace else count):
+                add(0.0)
             start = time.perf_counter()
             manager.start()
-            outputs = [_next_result(manager) for _ in workload.prompts]
+            outputs = _feed(manager, add, start, pace) if pace else [_next_result(manager) for _ in range(count)]
             seconds = time.perf_counter() - start
             kv_bytes = manager.batch_processor.cache.cache_tensor.nbytes
         finally:
             manager.stop(block=True)
             manager.destroy()
         requests = [
-            Served(x.generated_tokens, x.timestamps[0] - start, x.timestamps[-1] - start)
+            Served(x.generated_tokens, [moment - start for moment in x.timestamps], arrivals[x.request_id])
             for x in sorted(outputs, key=lambda x: int(x.request_id))
         ]
-        return Run(seconds, requests, kv_bytes, prefix_hits=self._hits)
+        return Run(seconds, requests, kv_bytes, cached_tokens=self._hits)
 
     def _manager(self, workload: Workload) -> Any:
         """One whose cache is large enough for all requests that it may serve at a time."""
@@ -157,14 +166,52 @@ class GenerateBatch:
         cache.search_prefix_match = counted
 
 
+def _feed(manager: Any, add: Any, start: float, pace: Pace) -> list[Any]:
+    """Hands requests in as they come; all results."""
+    count, limit = len(pace.arrivals), pace.max_concurrency or len(pace.arrivals)
+    outputs: list[Any] = []
+    num_added, free_since = 0, 0.0
+    while len(outputs) < count:
+        if num_added < count and num_added - len(outputs) < limit:
+            wait = start + pace.arrivals[num_added] - time.perf_counter()
+            if wait <= 0:
+                add(max(pace.arrivals[num_added], free_since))
+                num_added += 1
+                continue
+            result = manager.get_result(timeout=wait)
+            outputs += [_checked(result)] if result else []
+        else:
+            outputs.append(_next_result(manager))
+            free_since = time.perf_counter() - start if num_added - len(outputs) == limit - 1 else free_since
+    return outputs
+
+
 def _next_result(manager: Any) -> Any:
     """The next request that ended."""
     result = manager.get_result(timeout=PATIENCE)
-    if result is None or result.error:
-        raise RuntimeError(f"transformers' batching failed: {result.error if result else 'no result'}")
+    if result is None:
+        raise RuntimeError("transformers' batching failed: no result")
+    return _checked(result)
+
+
+def _checked(result: Any) -> Any:
+    if result.error:
+        raise RuntimeError(f"transformers' batching failed: {result.error}")
     return result
 
 
-def _nbytes(cache: Any) -> int:
+def _let_in(served: list[Served], pace: Pace) -> float:
+    """When the next request came, or the one ended that it had to wait for."""
+    i, limit = len(served), pace.max_concurrency
+    ended = served[i - limit].times[-1] if limit and i >= limit else 0.0
+    return max(pace.arrivals[i], ended)
+
+
+def _sleep_until(moment: float) -> None:
+    if (wait := moment - time.perf_counter()) > 0:
+        time.sleep(wait)
+
+
+def _nbytes(cache: DynamicCache) -> int:
     """K and V that a `DynamicCache` holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(keys.nbytes + values.nbytes for keys, values in key_value_tensors(cache))

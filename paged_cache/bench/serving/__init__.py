@@ -1,0 +1,1 @@
+"""Many requests at once, and requests over time: this package's batcher and its peers."""

@@ -1,0 +1,218 @@
+"""`paged-cache bench throughput` and `paged-cache bench serve`."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import readable_errors
+from .shared import finish
+from .typed import several, tick, typed
+
+if TYPE_CHECKING:
+    from ...bench.results import Results
+    from ...bench.serving.comparing import Settings
+    from ...bench.serving.datasets import Dataset
+
+QUICK_PROMPTS, QUICK_FACTOR = 8, 20.0
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="28m, tiny or 8b (random), shipped, an id on the hub, or a folder.", show_default="28m"),
+]
+DatasetName = Annotated[str, typer.Option(help="trace, random, prefix_repetition, sharegpt or custom.")]
+DatasetPath = Annotated[Path | None, typer.Option(help="A file of sharegpt (JSON) or custom (lines of JSON).")]
+NumPrompts = Annotated[int | None, typer.Option(min=1, help="Requests.", show_default="64")]
+Factor = Annotated[float | None, typer.Option(help="By which the lengths of the trace are divided.", show_default="5")]
+RandomInputLen = Annotated[int, typer.Option(min=1, help="Of random: tokens of a prompt.")]
+RandomOutputLen = Annotated[int, typer.Option(min=1, help="Of random: tokens of an answer.")]
+RandomRangeRatio = Annotated[float, typer.Option(help="Of random: lengths vary by this share of them.")]
+PrefixLen = Annotated[int, typer.Option("--prefix-repetition-prefix-len", min=1, help="Of prefix_repetition.")]
+SuffixLen = Annotated[int, typer.Option("--prefix-repetition-suffix-len", min=1, help="Of prefix_repetition.")]
+NumPrefixes = Annotated[int, typer.Option("--prefix-repetition-num-prefixes", min=1, help="Of prefix_repetition.")]
+PrefixOutputLen = Annotated[int, typer.Option("--prefix-repetition-output-len", min=1, help="Of prefix_repetition.")]
+SharegptOutputLen = Annotated[
+    int | None, typer.Option(min=1, help="Of sharegpt.", show_default="that of the answer in the file")
+]
+CustomOutputLen = Annotated[int, typer.Option(min=-1, help="Of custom; -1: output_tokens in the file.")]
+SkipChatTemplate = Annotated[bool, typer.Option("--skip-chat-template", help="Of custom: prompts as they are.")]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Candidates; the first is the reference. Repeatable, or with commas.")
+]
+Rounds = Annotated[int | None, typer.Option(min=1, help="That are timed.", show_default="3")]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option(min=1, help="Of our batcher.", show_default="64 on a CPU, else the batcher's own")
+]
+MaxNumBatchedTokens = Annotated[
+    int | None, typer.Option(min=1, help="Of our batcher.", show_default="1024 on a CPU, else the batcher's own")
+]
+Room = Annotated[float, typer.Option(help="Size of our pool, of what all requests need at once.")]
+Peer = Annotated[list[str] | None, typer.Option(help="vllm. Repeatable.")]
+PeerPython = Annotated[Path | None, typer.Option(help="Interpreter that can import the peer.", show_default="this one")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="torch's own")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Only in float32 are equal tokens demanded.")]
+Seed = Annotated[int, typer.Option(help="Of weights, tokens and arrivals.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A tiny model, few short requests, one round: is it right.")]
+Add = Annotated[bool, typer.Option("--add", help="To the rounds that the JSON file has, of equal settings.")]
+OutputJson = Annotated[Path | None, typer.Option(help="Where results are written.")]
+
+
+def throughput(
+    model: Model = None,
+    dataset_name: DatasetName = "trace",
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = None,
+    shared_prefix_len: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, help="Tokens that all prompts start with. Repeatable, a table each.", show_default="0, 256"
+        ),
+    ] = None,
+    factor: Factor = None,
+    random_input_len: RandomInputLen = 1024,
+    random_output_len: RandomOutputLen = 128,
+    random_range_ratio: RandomRangeRatio = 0.0,
+    prefix_len: PrefixLen = 256,
+    suffix_len: SuffixLen = 256,
+    num_prefixes: NumPrefixes = 10,
+    prefix_output_len: PrefixOutputLen = 128,
+    sharegpt_output_len: SharegptOutputLen = None,
+    custom_output_len: CustomOutputLen = 256,
+    skip_chat_template: SkipChatTemplate = False,
+    only: Only = None,
+    padded_size: Annotated[int, typer.Option(min=1, help="Requests in a padded batch.")] = 8,
+    rounds: Rounds = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    room: Room = 1.0,
+    peer: Peer = None,
+    peer_python: PeerPython = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    quick: Quick = False,
+    add: Add = False,
+    output_json: OutputJson = None,
+) -> None:
+    """Requests that are all there at the beginning: this package's batcher, a loop, padded batches, generate_batch, vLLM."""
+    options = dict(locals())
+    with readable_errors():
+        from ...bench.serving.throughput import run
+
+        settings, dataset = replace(_settings(options), padded_size=padded_size), _dataset(options)
+        shared = tuple(dict.fromkeys(shared_prefix_len or (0, 256)))
+        found = run(settings, dataset, shared, earlier=_earlier(add, output_json), command=typed(), tick=tick)
+        finish(found, output_json)
+
+
+def serve(
+    model: Model = None,
+    dataset_name: DatasetName = "trace",
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = None,
+    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = math.inf,
+    burstiness: Annotated[float, typer.Option(help="1: a Poisson process; less: in bursts; more: evenly.")] = 1.0,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests under way at a time.", show_default="any number")
+    ] = None,
+    goodput: Annotated[
+        list[str] | None, typer.Option(metavar="NAME:MS", help="ttft:200, tpot:50 or e2el:2000. Repeatable.")
+    ] = None,
+    percentile_metrics: Annotated[str, typer.Option(help="Which latencies, with commas.")] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, typer.Option(help="Which percentiles, with commas.")] = "99",
+    shared_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts start with.")] = 0,
+    factor: Factor = None,
+    random_input_len: RandomInputLen = 1024,
+    random_output_len: RandomOutputLen = 128,
+    random_range_ratio: RandomRangeRatio = 0.0,
+    prefix_len: PrefixLen = 256,
+    suffix_len: SuffixLen = 256,
+    num_prefixes: NumPrefixes = 10,
+    prefix_output_len: PrefixOutputLen = 128,
+    sharegpt_output_len: SharegptOutputLen = None,
+    custom_output_len: CustomOutputLen = 256,
+    skip_chat_template: SkipChatTemplate = False,
+    only: Only = None,
+    rounds: Rounds = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    room: Room = 1.0,
+    peer: Peer = None,
+    peer_python: PeerPython = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    quick: Quick = False,
+    add: Add = False,
+    output_json: OutputJson = None,
+) -> None:
+    """Requests that come over time: how long they wait with each policy, with generate_batch, in a loop, and with vLLM."""
+    options = dict(locals())
+    with readable_errors():
+        from ...bench.serving.metrics import Wanted
+        from ...bench.serving.serve import Traffic, run
+
+        wanted = Wanted.parse(percentile_metrics, metric_percentiles, goodput or [])
+        traffic = Traffic(request_rate, burstiness, max_concurrency, shared_prefix_len, wanted)
+        found = run(
+            _settings(options),
+            _dataset(options),
+            traffic,
+            earlier=_earlier(add, output_json),
+            command=typed(),
+            tick=tick,
+        )
+        finish(found, output_json)
+
+
+def _settings(options: dict[str, object]) -> "Settings":
+    """Of options of both commands; `--quick` fills what is not given."""
+    from ...bench.serving.comparing import Settings
+
+    quick = options["quick"]
+    names = ("device", "dtype", "threads", "seed", "max_num_seqs", "max_num_batched_tokens", "room")
+    return Settings(
+        **{name: options[name] for name in names},  # type: ignore[arg-type]
+        model=options["model"] or ("tiny" if quick else "28m"),  # type: ignore[arg-type]
+        rounds=options["rounds"] or (1 if quick else 3),  # type: ignore[arg-type]
+        only=tuple(several(options["only"])),  # type: ignore[arg-type]
+        peers=tuple(several(options["peer"])),  # type: ignore[arg-type]
+        peer_python=options["peer_python"] or Path(sys.executable),  # type: ignore[arg-type]
+    )
+
+
+def _dataset(options: dict[str, object]) -> "Dataset":
+    """The same."""
+    from ...bench.serving.datasets import Dataset
+
+    names = ("dataset_name", "dataset_path", "random_input_len", "random_output_len", "random_range_ratio")
+    prefixes = {"prefix_len": "prefix_len", "suffix_len": "suffix_len", "num_prefixes": "num_prefixes"}
+    prefixes |= {"prefix_output_len": "output_len"}
+    texts = ("sharegpt_output_len", "custom_output_len", "skip_chat_template")
+    quick = options["quick"]
+    return Dataset(
+        **{name: options[name] for name in (*names, *texts)},  # type: ignore[arg-type]
+        **{f"prefix_repetition_{theirs}": options[ours] for ours, theirs in prefixes.items()},  # type: ignore[arg-type]
+        num_prompts=options["num_prompts"] or (QUICK_PROMPTS if quick else 64),  # type: ignore[arg-type]
+        factor=options["factor"] or (QUICK_FACTOR if quick else 5.0),  # type: ignore[arg-type]
+    )
+
+
+def _earlier(add: bool, output_json: Path | None) -> "Results | None":
+    """What `--add` adds to; None if there is nothing yet.
+
+    Raises:
+        typer.BadParameter: There is no file to add to.
+        NotResultsError: It is something else.
+    """
+    from ...bench.results import Results
+
+    if add and output_json is None:
+        raise typer.BadParameter("--add adds to the file of --output-json: give that, too.")
+    return Results.load(output_json) if add and output_json and output_json.exists() else None

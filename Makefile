@@ -29,7 +29,7 @@ DOCS    := $(VENV)/.docs
 .PHONY: help demo test lint format type docs bench wheel clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(USER)  ## generate with a paged cache, compare, draw the pool
 	$(BIN)/paged-cache demo

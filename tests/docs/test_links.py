@@ -46,3 +46,12 @@ def test_every_page_can_be_found() -> None:
 
     assert guides
     assert not sorted(name(page) for page in guides - named)
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if "results/" in page.read_text(encoding="utf-8")], ids=name)
+def test_results_that_are_cited_exist(page: Path) -> None:
+    """A figure that names its file can be looked up."""
+    cited = re.findall(r"`(?:benchmarks/)?(results/\w+\.json)`", page.read_text(encoding="utf-8"))
+    missing = [file for file in cited if not (ROOT / "benchmarks" / file).is_file()]
+
+    assert not missing

@@ -26,7 +26,7 @@ DEV     := $(VENV)/.dev
 DOCS    := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format type docs bench wheel clean
+.PHONY: help demo test lint format type docs bench bench-gpu wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ docs: $(DOCS)  ## the documentation as a site, in docs/_build/html
 
 bench: $(DEV)  ## every benchmark, or BENCH=benchmarks/bench_x.py
 	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-gpu: $(USER)  ## everything for a GPU in 8 minutes, into out/gpu
+	$(BIN)/paged-cache bench gpu
 
 wheel: $(DEV)  ## build sdist and wheel into dist/
 	rm -rf build dist

@@ -1,0 +1,143 @@
+"""Decode steps: models that share their weights, each with a cache of another kind that holds the same tokens."""
+
+import copy
+import time
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from .. import BlockPool, PagedCache, patch
+from . import models
+from .clocks import clock_of
+
+PAGED, DYNAMIC, STATIC, COMPILED = "paged", "dynamic", "static", "static, compiled"
+LAYERS = "layers"
+ATTENTION_ONLY: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 16,
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+BLOCK_SIZES = {"cpu": 16, "cuda": 64}
+GROWTH = 32  # tokens that a cache grows beyond the context before it is cropped
+
+
+def make_model(name: str, device: str, dtype: str, seed: int) -> Any:
+    """`LAYERS`: next to nothing but attention. Others: see `models.make_model`."""
+    torch_dtype = getattr(torch, dtype)
+    if name != LAYERS:
+        return models.make_model(name, device, torch_dtype, seed)
+    torch.manual_seed(seed)
+    config = LlamaConfig(**ATTENTION_ONLY, attn_implementation="sdpa", tie_word_embeddings=False)
+    return LlamaForCausalLM(config).to(device, torch_dtype).eval()  # type: ignore[arg-type]
+
+
+class Stepper:
+    """A model, a cache, and the times of its steps.
+
+    Attributes:
+        steps, layers: Seconds, one number per step. Of layers there are none where a graph hides them.
+    """
+
+    def __init__(self, name: str, model: Any, cache: Any, batch_size: int, forward: Any = None) -> None:
+        self.name, self.cache, self.batch_size = name, cache, batch_size
+        self.device = str(model.device)
+        self.steps, self.layers = list[float](), list[float]()
+        self._forward, self._clock = forward or model, clock_of(self.device)
+        self._marks: list[Any] = []
+        self._update = cache.update
+        if forward is None:
+            self._watch_layers(model)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """One token per row, timed: outputs of all rows."""
+        self._marks.clear()
+        self._clock.wait()
+        start = time.perf_counter()
+        output = self._forward(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        self._clock.wait()
+        self.steps.append(time.perf_counter() - start)
+        if self._marks:
+            pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+            self.layers.append(sum(self._clock.seconds(*pair) for pair in pairs) / len(pairs))
+        return torch.as_tensor(output).clone()
+
+    def crop(self, num_tokens: int) -> None:
+        """Removes the last tokens."""
+        if not isinstance(self.cache, StaticCache):
+            self.cache.crop(-num_tokens)
+            return
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(num_tokens)
+
+    def _watch_layers(self, model: Any) -> None:
+        self.cache.update = self._timed_update
+        for name, module in model.named_modules():
+            if name.endswith("self_attn.o_proj"):
+                module.register_forward_pre_hook(self._stop)
+
+    def _timed_update(self, *args: Any, **kwargs: Any) -> Any:
+        self._marks.append(self._clock.mark())
+        return self._update(*args, **kwargs)
+
+    def _stop(self, *_: Any) -> None:
+        self._marks.append(self._clock.mark())
+
+
+def make_steppers(model: Any, batch_size: int, context: int, compiles: bool = True) -> list[Stepper]:
+    """The reference first, then ours and the other peers; all caches hold the same random tokens."""
+    config, length = model.config, context + GROWTH
+    paged = with_same_weights(model)
+    patch(paged)
+    pairs: list[tuple[str, Any, Any]] = [
+        (DYNAMIC, with_same_weights(model), DynamicCache(config=config)),
+        (PAGED, paged, PagedCache(shuffled_pool(paged, batch_size, length))),
+        (STATIC, with_same_weights(model), StaticCache(config=config, max_cache_len=length)),
+    ]
+    if compiles and model.device.type == "cuda":
+        pairs.append((COMPILED, with_same_weights(model), StaticCache(config=config, max_cache_len=length)))
+    _fill([cache for *_, cache in pairs], model, batch_size, context)
+    return [
+        Stepper(name, own, cache, batch_size, _compiled(own) if name == COMPILED else None)
+        for name, own, cache in pairs
+    ]
+
+
+def with_same_weights(model: Any) -> Any:
+    """Modules of its own, the same parameters."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def shuffled_pool(model: Any, batch_size: int, num_tokens: int) -> BlockPool:
+    """A pool for so many rows whose free blocks are in random order, as after some time of use."""
+    block_size = BLOCK_SIZES.get(model.device.type, 16)
+    num_blocks = batch_size * -(-num_tokens // block_size)
+    pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=block_size)
+    with PagedCache(pool) as cache:
+        for layer in range(model.config.num_hidden_layers):
+            cache.update(*_random(model, num_blocks, 1), layer)
+        cache.batch_select_indices(torch.randperm(num_blocks, device=model.device))
+    return pool
+
+
+def _compiled(model: Any) -> Any:
+    return torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+
+
+def _fill(caches: list[Any], model: Any, batch_size: int, context: int) -> None:
+    for layer in range(model.config.num_hidden_layers):
+        keys, values = _random(model, batch_size, context)
+        for cache in caches:
+            cache.update(keys, values, layer)
+
+
+def _random(model: Any, batch_size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    config = model.config
+    size = batch_size, config.num_key_value_heads, num_tokens, config.head_dim
+    keys, values = (torch.randn(size, dtype=model.dtype, device=model.device) for _ in range(2))
+    return keys, values

@@ -1,0 +1,103 @@
+"""`paged-cache bench decode`, `latency` and `startup`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import readable_errors
+from .shared import finish
+from .typed import device_and_dtype, numbers, several, tick, typed
+
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32, on CUDA bfloat16")
+]
+Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small and short: does it run, are the answers right.")]
+Output = Annotated[Path | None, typer.Option(help="Where results are written.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="torch's own")]
+NAMES = "shipped, tiny, 28m, 8b (random weights), an id on the hub, or a folder."
+
+
+def decode(
+    model: Annotated[str, typer.Option(help=f"layers (two, little but attention), {NAMES}")] = "28m",
+    batch_sizes: Annotated[str, typer.Option(help="Rows.")] = "1,8,32",
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "128,512,2048,8192",
+    seconds: Annotated[float, typer.Option(min=0, help="Per batch size and context.")] = 6.0,
+    memory: Annotated[
+        float | None, typer.Option(min=0.001, help="GiB for caches.", show_default="60 % of what is free")
+    ] = None,
+    compiles: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On CUDA: also a compiled model with a static cache.")
+    ] = True,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; two wait for each other on a busy machine.")] = 1,
+    seed: Seed = 0,
+    quick: Quick = False,
+    output_json: Output = None,
+) -> None:
+    """A decode step over batch size and context: PagedCache against DynamicCache and StaticCache."""
+    from ...bench.decode import Settings, run
+
+    where = device_and_dtype(device, dtype)
+    settings = Settings(
+        model, *where, numbers(batch_sizes), numbers(contexts), seconds, threads, seed, memory, compiles
+    )
+    with readable_errors():
+        found = run(
+            settings.quick() if quick else settings,
+            typed(),
+            tick,
+            lambda part: part.save(output_json) if output_json else None,
+        )
+    finish(found, output_json)
+
+
+def latency(
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    output_len: Annotated[int, typer.Option(min=2, help="New tokens of each.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
+    num_iters: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 2,
+    model: Annotated[str, typer.Option(help=NAMES)] = "28m",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="static, generate_batch; repeatable.", show_default="all there are")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    quick: Quick = False,
+    output_json: Output = None,
+) -> None:
+    """One batch of prompts: generate with each cache, our batcher and transformers'."""
+    from ...bench.latency import Settings, run
+
+    where = device_and_dtype(device, dtype)
+    iters = num_iters, num_iters_warmup
+    settings = Settings(input_len, output_len, batch_size, *iters, model, *where, threads, seed, several(peer) or None)
+    with readable_errors():
+        found = run(settings.quick() if quick else settings, typed(), tick)
+    finish(found, output_json)
+
+
+def startup(
+    model: Annotated[str, typer.Option(help="shipped, an id on the hub, or a folder.")] = "shipped",
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each kind, one more goes before.")] = 5,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds.")] = False,
+    output_json: Output = None,
+) -> None:
+    """From the first import to the first token, in fresh processes."""
+    from ...bench.startup import Settings, run
+
+    where = device_and_dtype(device, dtype)
+    settings = Settings(model, *where, 2 if quick else rounds, threads, seed)
+    with readable_errors():
+        found = run(settings, typed(), tick)
+    finish(found, output_json)

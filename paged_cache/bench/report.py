@@ -50,7 +50,7 @@ def write(folder: Path, output: Path) -> Path:
         try:
             results = Results.load(path)
         except NotResultsError as error:
-            foreign.append(f"{path.name}: {error.__cause__}")
+            foreign.append(f"{path.name}: {str(error).removeprefix(f'{path} ')}")
             continue
         try:
             picture = _picture(path, results, output)

@@ -18,30 +18,37 @@ class Run:
         name: Of the files it leaves.
         command: `paged-cache bench …`, without the options that all have.
         full: Further options where it need not be quick.
-        peers: Whether it takes `--peer`.
+        has_peers: Whether it takes `--peer`.
+        is_long: Whether it is left out where all is to be quick.
     """
 
     name: str
     command: tuple[str, ...]
     full: tuple[str, ...] = ()
     has_peers: bool = False
+    is_long: bool = False
 
 
 RUNS = (
     Run("startup", ("startup",)),
     Run("throughput", ("throughput",), has_peers=True),
+    Run("throughput_192", ("throughput",), ("--num-prompts", "192"), has_peers=True, is_long=True),
     Run("serve", ("serve",), has_peers=True),
     Run("latency", ("latency",)),
     Run("decode", ("decode",)),
-    Run("kernels_cpu", ("kernels", "--device", "cpu"), ("--threads", "2", "--budget", "420", "--seconds", "0.2")),
-    Run("scheduling", ("scheduling",)),
+    Run(
+        "kernels_cpu",
+        ("kernels", "--device", "cpu", "--plot"),
+        ("--threads", "2", "--budget", "420", "--seconds", "0.2"),
+    ),
+    Run("scheduling", ("scheduling", "--plot")),
 )
 TAIL = 12
 """Lines of a failed one's output that are shown."""
 
 
-def chosen(only: Sequence[str]) -> list[Run]:
-    """Those whose command or name is among `only`; all of them if it is empty.
+def chosen(only: Sequence[str], is_quick: bool) -> list[Run]:
+    """Those whose command or name is among `only`; all of them if it is empty, but for long ones if it is to be quick.
 
     Raises:
         InvalidRequestError: There is no such benchmark.
@@ -50,7 +57,8 @@ def chosen(only: Sequence[str]) -> list[Run]:
     unknown = sorted(set(only) - names)
     if unknown:
         raise InvalidRequestError(f"There is no benchmark {', '.join(unknown)}; there are {', '.join(sorted(names))}.")
-    return [run for run in RUNS if not only or run.name in only or run.command[0] in only]
+    runs = [run for run in RUNS if not only or run.name in only or run.command[0] in only]
+    return [run for run in runs if not (is_quick and run.is_long) or run.name in only]
 
 
 def arguments(run: Run, output_dir: Path, is_quick: bool, peer_python: Path | None) -> list[str]:

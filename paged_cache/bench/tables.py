@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .metrics import Metric, ratio_text
-from .results import Case, Line, Results, Verdict
+from .results import Case, Line, Results, Spread, Verdict
 
 BUSY = 1.5
 """Load of the machine, before anything was measured, from which on times are doubted."""
@@ -145,7 +145,7 @@ def warning(results: Results) -> str:
 def _of_goal(verdict: Verdict, value: float) -> str:
     metric = Metric(verdict.goal.metric)
     if verdict.goal.peer:
-        return f"{value:.3g}"
+        return ratio_text(Spread(value, value, value))
     unit = f" {metric.unit}" if metric.unit in ("ms", "us", "s", "/s", "GB/s") else ""
     return metric.number(value) + unit
 

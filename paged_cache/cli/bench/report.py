@@ -40,7 +40,7 @@ def all_(
     from ...bench.suite import chosen, run_all
 
     with readable_errors():
-        runs = chosen(several(only))
+        runs = chosen(several(only), quick)
         with _progress(len(runs)) as tick:
             failed = run_all(runs, output_dir, quick, peer_python, tick)
         for name, text in failed.items():

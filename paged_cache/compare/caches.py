@@ -94,7 +94,7 @@ class Static(Dynamic):
             config = self.subject.model.config
             self._made = StaticCache(config=config, max_cache_len=1 << (length - 1).bit_length())
         else:
-            self._made.reset()  # type: ignore[no-untyped-call]
+            self._made.reset()
         return self._made
 
 

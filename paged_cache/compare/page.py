@@ -41,12 +41,13 @@ def save_png(results: Results, path: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = drawable(results)
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.4 * columns, 4.3 * rows + 0.5), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15)
+    figure = Figure(figsize=(6.4 * columns, 4.3 * rows + 0.5), layout=layout, facecolor="white")
     figure.suptitle(results.title, fontsize=13, fontweight="bold")
     for i, panel in enumerate(panels):
         draw(panel, figure.add_subplot(rows, columns, i + 1), results)

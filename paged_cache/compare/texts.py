@@ -61,7 +61,7 @@ class Texts:
         if self._tokenizer is None:
             return self._random_ids(length)
         text = "\n".join(inspect.getsource(source) for source in SOURCES)
-        ids = self._tokenizer(text[: CHARACTERS * length], verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(text[: CHARACTERS * length], verbose=False)["input_ids"]
         return (ids * -(-length // len(ids)))[:length]
 
     def _piece(self, number: int, length: int) -> list[int]:

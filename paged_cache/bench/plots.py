@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,10 @@ def draw(results: Results, path: Path) -> Path | None:
         return None
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(6.5, 4.3 * columns), 3.5 * rows + 0.9), layout="constrained", facecolor="white")
+    width, height = max(6.5, 4.3 * columns), 3.5 if axis else 0.9 + 0.36 * max(_num_values(results, x) for x in panels)
+    title = textwrap.fill(results.title, round(9 * width))
+    size = (width, height * rows + 0.4 + 0.2 * title.count("\n") + (0.5 if axis else 0))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     systems = list(figure.subplots(rows, columns, squeeze=False).flat)
     styles = styles_of(results)
     for axes, panel in itertools.zip_longest(systems, panels):
@@ -60,7 +64,7 @@ def draw(results: Results, path: Path) -> Path | None:
             _draw_lines(axes, results, panel, axis, styles)
         else:
             _draw_bars(axes, results, panel, styles)
-    figure.suptitle(results.title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
     if axis:
         handles, labels = _legend(systems)
         figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 4), frameon=False, fontsize=9)
@@ -102,8 +106,8 @@ def _num_values(results: Results, panel: Panel) -> int:
 
 
 def _frame(axes: "Axes", panel: Panel) -> None:
-    label = Metric(panel.metric).label
-    axes.set_title(f"{label}\n{panel.title}" if panel.title else label, loc="left", fontsize=10, color=INK)
+    title = "\n".join([Metric(panel.metric).label, *textwrap.wrap(panel.title, 40)])
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#aab1bc")
     axes.tick_params(length=0, labelsize=9, labelcolor=INK, which="both")
@@ -148,7 +152,9 @@ def _scale_heights(axes: "Axes", metric: Metric, heights: list[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: metric.number(float(f"{value:.6g}"))))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: metric.number(value) if metric.unit == "B" else f"{value:,g}")
+    )
 
 
 def _draw_bars(axes: "Axes", results: Results, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
@@ -180,7 +186,12 @@ def _spreads(results: Results, panel: Panel, name: str) -> list[tuple[Case, Spre
 
 
 def _whiskers(spreads: list[Spread]) -> list[list[float]]:
-    return [[x.median - x.min for x in spreads], [x.max - x.median for x in spreads]]
+    """Below and above; nothing, not even an end, where nothing varies."""
+    empty = math.nan
+    return [
+        [x.median - x.min if x.min < x.max else empty for x in spreads],
+        [x.max - x.median if x.min < x.max else empty for x in spreads],
+    ]
 
 
 def _legend(systems: list["Axes"]) -> tuple[list[Any], list[str]]:

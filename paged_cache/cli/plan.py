@@ -9,14 +9,24 @@ import typer
 from .errors import readable_errors
 
 
+_Memory = Annotated[
+    str,
+    typer.Option(
+        help="For everything: '24GiB', '80GB', bytes, or a share of what is free here ('0.9').", show_default="all"
+    ),
+]
+_Trace = Annotated[
+    str,
+    typer.Option(
+        help="Instead of two lengths, a CSV file with columns prompt and output; 'azure' for 256 conversations in the package.",
+        show_default=False,
+    ),
+]
+
+
 def plan(
     model: Annotated[str, typer.Argument(help="Id on the hub, a folder, or a config.json. Only the config is read.")],
-    memory: Annotated[
-        str,
-        typer.Option(
-            help="For everything: '24GiB', '80GB', bytes, or a share of what is free here ('0.9').", show_default="all"
-        ),
-    ] = "",
+    memory: _Memory = "",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or auto: the config's.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(help="In which K and V are stored: auto, int8 or fp8_e4m3.")] = "auto",
     block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
@@ -35,13 +45,7 @@ def plan(
     output_len: Annotated[
         int | None, typer.Option(help="Tokens of an output.", show_default="128, a quarter of a short context")
     ] = None,
-    trace: Annotated[
-        str,
-        typer.Option(
-            help="Instead of two lengths, a CSV file with columns prompt and output; 'azure' for 256 conversations in the package.",
-            show_default=False,
-        ),
-    ] = "",
+    trace: _Trace = "",
     trace_scale: Annotated[float, typer.Option(help="Divides the lengths of the trace.")] = 1.0,
     shared_prefix_len: Annotated[
         int, typer.Option(help="Tokens that all prompts start with, before those of --prompt-len or the trace.")

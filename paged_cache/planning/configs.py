@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from ..compat import text_config
 from ..errors import InvalidRequestError, UnsupportedModelError
@@ -30,9 +30,12 @@ def read_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     if path.is_dir() and not (path / "config.json").is_file():
         raise InvalidRequestError(f"{model} has no config.json: give a folder that `save_pretrained` wrote.")
     try:
-        return AutoConfig.from_pretrained(path if path.exists() else str(model), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path if path.exists() else str(model), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidRequestError(f"cannot read the config of {model}: {_reason(error, path.exists())}") from error
+    return config
 
 
 def _reason(error: Exception, is_local: bool) -> str:
@@ -75,7 +78,8 @@ def max_positions(decoder: PreTrainedConfig) -> int | None:
 def check_generates(config: PreTrainedConfig) -> None:
     """Raises `UnsupportedModelError` for a config of an encoder, which has no cache."""
     decoder = text_config(config)
-    if getattr(decoder, "is_decoder", None) is False and not config.is_encoder_decoder:
+    is_encoder = getattr(decoder, "is_decoder", None) is False and type(config) in AutoModelForMaskedLM._model_mapping
+    if is_encoder and not config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{config.model_type!r} is an encoder here (is_decoder=False): it reads all tokens at once and keeps no K and V. "
             "Plan for a model that generates."

@@ -92,13 +92,13 @@ def layer_kinds(spec: ModelSpec, itemsize: int, scale_itemsize: int) -> tuple[La
         itemsize, scale_itemsize: As `storage.itemsizes` gives them.
     """
     configs = layer_configs(spec.config, spec.num_layers)
-    counts = Counter((layer, _heads(configs[index])) for index, layer in spec.layers.items())
+    counts = Counter((layer, *_attention(layer, configs[index])) for index, layer in spec.layers.items())
     return tuple(
         LayerKind(
             count, layer.window, layer.key_heads, layer.key_dim, layer.value_heads, layer.value_dim,
-            heads, _is_latent(layer, spec.config), _expanded(spec.config, heads), itemsize, scale_itemsize,
+            heads, is_latent, expanded, itemsize, scale_itemsize,
         )
-        for (layer, heads), count in counts.items()
+        for (layer, heads, is_latent, expanded), count in counts.items()
     )  # fmt: skip
 
 
@@ -112,15 +112,10 @@ def format_bytes(count: float) -> str:
     return f"{value:.4g} TiB"
 
 
-def _is_latent(layer: LayerSpec, config: Any) -> bool:
-    return layer.key_heads == 1 and layer.key_dim == getattr(config, "kv_lora_rank", None)
-
-
-def _heads(config: Any) -> int | None:
+def _attention(layer: LayerSpec, config: Any) -> tuple[int | None, bool, int]:
+    """Query heads, whether K is MLA's latent, and the elements of a token if it were expanded for each head."""
     names = ("decoder_attention_heads", "num_attention_heads")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
-
-
-def _expanded(config: Any, heads: int | None) -> int:
-    dims = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-    return sum(dims) * heads if heads and all(isinstance(dim, int) for dim in dims) else 0
+    heads = next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    is_latent = layer.key_heads == 1 and layer.key_dim == getattr(config, "kv_lora_rank", None)
+    expanded = [getattr(config, name, None) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    return heads, is_latent, sum(expanded) * (heads or 0) if is_latent else 0

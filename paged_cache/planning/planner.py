@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import InvalidRequestError, UnsupportedModelError
+from ..loading import quiet
 from ..memory.layout import plan_layout
 from ..memory.storage import itemsizes
 from ..memory.windows import Windows
@@ -141,7 +142,8 @@ def plan(
         InvalidRequestError: An argument is wrong, or the memory is too small.
         UnsupportedModelError: The model has no K and V, or does not generate text.
     """
-    config = read_config(model)
+    with quiet():
+        config = read_config(model)
     check_block_size(block_size)
     model_dtype, dtype_source = dtype_of(config, dtype)
     model_dtype, stored = check_dtypes(None, kv_dtype, model_dtype)
@@ -187,7 +189,12 @@ def _spec(config: PreTrainedConfig) -> ModelSpec:
     """The layers of a model that generates text and has K and V."""
     require_generator(config)
     check_generates(config)
-    spec = model_spec(config)
+    try:
+        spec = model_spec(config)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the config of {config.model_type!r} does not tell its layers: {error}."
+        ) from error
     if not spec.layers:
         raise UnsupportedModelError(
             f"{config.model_type!r} keeps no K and V, only a state of a fixed size for each sequence: there is nothing to plan in "
@@ -205,13 +212,15 @@ def _model(
     if with_weights and weights_memory is not None:
         nbytes, note = parse_memory(weights_memory, torch.device("cpu"), "weights_memory"), "as given"
     try:
-        model = meta_model(config, dtype)
+        with quiet():
+            model = meta_model(config, dtype)
+            probed = probe(model, spec)
     except UnsupportedModelError as error:
         if nbytes is None:
             raise UnsupportedModelError(f"{error} Without it weights cannot be counted: say weights_memory.") from error
         return Weights(None, nbytes, note), None
     weights = weights_of(model, config, dtype)
-    return weights if nbytes is None else replace(weights, nbytes=nbytes, note=note), probe(model, spec)
+    return weights if nbytes is None else replace(weights, nbytes=nbytes, note=note), probed
 
 
 def _available(total: int, reserve: int, weights: Weights) -> int:

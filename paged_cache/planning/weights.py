@@ -66,8 +66,9 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(f"transformers cannot build {config.model_type!r} here: {reason}") from error
-    model.config.pad_token_id = None  # models that find it in a prompt warn, for which they look at values
-    return model.eval()
+    vars(model.config)["pad_token_id"] = None  # models that find it in a prompt warn, for which they look at values
+    model.eval()
+    return model
 
 
 def weights_of(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> Weights:

@@ -14,7 +14,7 @@ from tests.models import KINDS, model
 NAMES = [
     "llama", "gpt2", "mistral", "qwen2", "gemma2", "gemma3_text", "gemma3", "deepseek_v3", "deepseek_v32", "gpt_oss",
     "qwen3_next", "falcon", "gemma3n_text", "gemma4_text", "llama4_text", "jamba", "falcon_h1", "bloom", "opt", "mimo_v2_flash",
-    "s2s:t5", "lfm2",
+    "s2s:t5", "gpt_neox", "trocr", "modernbert-decoder", "lfm2",
 ]  # fmt: skip
 MEMORY = 3_000_001
 

@@ -8,7 +8,6 @@ import typer
 
 from .errors import readable_errors
 
-
 _Memory = Annotated[
     str,
     typer.Option(

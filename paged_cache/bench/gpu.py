@@ -18,6 +18,7 @@ from .report import write
 START_UP = 20.0  # seconds of a part that imports, a model's weights and the last shape may take
 LEAST = 5.0  # seconds that are worth beginning for
 TAIL = 6
+ENTRY = ["-m", "paged_cache"]
 Runner = Callable[[list[str], float, Path], int | None]
 
 
@@ -147,7 +148,7 @@ def _run_part(part: Part, model: str, seconds: float, folder: Path, is_rehearsal
 
 def run_process(arguments: list[str], seconds: float, log: Path) -> int | None:
     """The usual runner."""
-    command = [sys.executable, "-m", "paged_cache", *arguments]
+    command = [sys.executable, *ENTRY, *arguments]
     with log.open("w", encoding="utf-8") as stream:
         try:
             done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, timeout=seconds)

@@ -108,7 +108,9 @@ class ContinuousBatcher:
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
         self._intake = Intake(self._inputs, self._engine, self._loop)
-        for observer in told if interval is None else [*told, StatsLogger(interval)]:
+        if interval is not None:
+            told.append(StatsLogger(interval))
+        for observer in told:
             self._engine.reports.add(observer)
 
     def generate(

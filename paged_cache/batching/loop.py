@@ -100,7 +100,7 @@ class EngineLoop:
         if wait and not self._is_inside():
             with self._exclusive():
                 self._drain()
-            self._tell()
+            self._report()
 
     def do(self, action: Callable[[], None]) -> None:
         """Does something between two steps; nothing if this is called inside of one."""
@@ -122,7 +122,7 @@ class EngineLoop:
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""
         self._engine.reject(request, error)
-        self._tell()
+        self._report()
 
     def step(self) -> bool:
         """One step of the engine; whether anything was computed.
@@ -138,7 +138,7 @@ class EngineLoop:
                 self._drain()  # who was cancelled in the step is over with it
                 return is_done
         finally:
-            self._tell()
+            self._report()
 
     def wait(self, is_met: Callable[[], bool], timeout: float | None = None) -> None:
         """Returns when a condition holds; steps the engine until then if no thread does.
@@ -194,7 +194,7 @@ class EngineLoop:
             self._wait_for_change(lambda: self.has_work or self.is_over, 1.0)
             if not self.has_work:
                 self._engine.rest()
-                self._tell()
+                self._report()
             return
         try:
             if not self.step():
@@ -209,7 +209,7 @@ class EngineLoop:
             with ExitStack() as stack:  # goes on whatever is raised
                 for request in reversed(list(self._engine.requests.values())):
                     stack.callback(self._engine.finish, request, reason, error)
-        self._tell()
+        self._report()
 
     def _is_started(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -267,10 +267,13 @@ class EngineLoop:
             finally:
                 self._num_waiters -= 1
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Observers hear what happened, when no step is under way; then those who wait look again."""
         if self._engine.reports.untold and not self._is_inside():
             self._engine.reports.tell()
+        self._tell()
+
+    def _tell(self) -> None:
         if self._num_waiters:
             with self._changed:
                 self._changed.notify_all()

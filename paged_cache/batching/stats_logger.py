@@ -2,7 +2,6 @@
 
 import logging
 from collections import deque
-from numbers import Real
 from typing import Any
 
 from ..errors import InvalidRequestError
@@ -26,7 +25,7 @@ def log_interval(log_stats: Any) -> float | None:
     """
     if isinstance(log_stats, bool) or log_stats is None:
         return INTERVAL if log_stats else None
-    if not isinstance(log_stats, Real) or not log_stats > 0:
+    if not isinstance(log_stats, int | float) or not log_stats > 0:
         raise InvalidRequestError(f"log_stats={log_stats!r:.100}: True, False, or seconds above 0 are needed.")
     return float(log_stats)
 

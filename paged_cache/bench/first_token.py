@@ -3,11 +3,12 @@
 import json
 import sys
 import time
+from typing import Any
 
 START = time.perf_counter()
 
 
-def main(way: str, settings: dict) -> None:  # type: ignore[type-arg]
+def main(way: str, settings: dict[str, Any]) -> None:
     """Prints one line of JSON: seconds for imports, model and first token, and the token."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ def main(way: str, settings: dict) -> None:  # type: ignore[type-arg]
             (output,) = batcher.generate([prompt], max_new_tokens=1, do_sample=False, progress_bar=False)
             tokens = list(output.generated_tokens)
     else:
-        options = {"max_new_tokens": 1, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
         ids = torch.tensor([prompt], device=model.device)
         if way == "paged":
             paged_cache.patch(model)

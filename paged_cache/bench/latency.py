@@ -135,8 +135,8 @@ def candidates(model: Any, workload: Workload, peers: list[str]) -> list[Candida
     static = StaticCache(config=config, max_cache_len=workload.max_tokens) if "static" in peers else None
     size = BLOCK_SIZES.get(model.device.type, 16)
     num_blocks = len(workload.prompts) * -(-workload.max_tokens // size)
-    options = {"num_blocks": num_blocks, "block_size": size, "prefix_caching": False}
-    pool = BlockPool.for_model(model, **options)  # prompts are the same in all rounds, and nobody else remembers them
+    # Prompts are the same in all rounds, and nobody else remembers them.
+    pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=size, prefix_caching=False)
     total = workload.num_prompt_tokens + workload.num_new_tokens
     batcher = Ours(model, "fcfs", room=1.25, block_size=size)
     found: list[Candidate] = [

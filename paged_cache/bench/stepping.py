@@ -32,7 +32,8 @@ def make_model(name: str, device: str, dtype: str, seed: int) -> Any:
     if name != LAYERS:
         return models.make_model(name, device, torch_dtype, seed)
     torch.manual_seed(seed)
-    config = LlamaConfig(**ATTENTION_ONLY, attn_implementation="sdpa", tie_word_embeddings=False)
+    config = LlamaConfig(**ATTENTION_ONLY, tie_word_embeddings=False)
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config).to(device, torch_dtype).eval()  # type: ignore[arg-type]
 
 
@@ -71,7 +72,8 @@ class Stepper:
         if not isinstance(self.cache, StaticCache):
             self.cache.crop(-num_tokens)
             return
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.cumulative_length.sub_(num_tokens)
 
     def _watch_layers(self, model: Any) -> None:

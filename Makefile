@@ -5,6 +5,7 @@
 #   make test TESTS=tests/memory MARK="not slow" JOBS=1 a part of the suite
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                                                       torch's CPU wheel, where PyPI's has CUDA (several GB)
+#   make bench FULL=1                                   all that is committed in benchmarks/results, in hours
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -13,9 +14,10 @@ TORCH_INDEX ?=
 TESTS       ?= tests
 MARK        ?=
 JOBS        ?= 2
-BENCH       ?= $(sort $(wildcard benchmarks/bench_*.py))
+FULL        ?=
 
 BIN     := $(VENV)/bin
+SCRIPTS := $(sort $(wildcard benchmarks/bench_*.py))
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c $(CONSTRAINTS)
 INPUTS  := pyproject.toml constraints-common.txt $(CONSTRAINTS)
@@ -51,8 +53,20 @@ type: $(DEV)  ## mypy, strict
 docs: $(DOCS)  ## the documentation as a site, in docs/_build/html
 	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 
-bench: $(DEV)  ## every benchmark, or BENCH=benchmarks/bench_x.py
-	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(USER)  ## every benchmark in 5 minutes, into out/bench; FULL=1: all that is committed
+ifeq ($(FULL),)
+	$(BIN)/paged-cache bench all --quick --output-dir out/bench
+else
+	@failed=; run() { echo "== $$*"; "$$@" || failed="$$failed $$2"; }; \
+	run $(BIN)/paged-cache bench all --output-dir benchmarks/results --report benchmarks/report.md; \
+	for script in $(SCRIPTS); do run $(BIN)/python $$script; done; \
+	run $(BIN)/python benchmarks/bench_pipeline.py --model shipped; \
+	run $(BIN)/python benchmarks/profile_batching.py --output-json benchmarks/results/batching_profile.json; \
+	run $(BIN)/python benchmarks/profile_batching.py --model 28m --output-json benchmarks/results/batching_profile_28m.json; \
+	run $(BIN)/python benchmarks/soak_batching.py --output-json benchmarks/results/batching_soak.json; \
+	run $(BIN)/paged-cache bench report benchmarks/results --output benchmarks/report.md; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+endif
 
 bench-gpu: $(USER)  ## everything for a GPU in 8 minutes, into out/gpu
 	$(BIN)/paged-cache bench gpu

@@ -156,7 +156,7 @@ def _samples(results: Results, cases: list[Case], keys: list[str]) -> Grid:
     rows = [
         [*_keys(line.case, keys), (line.candidate, ""), *(_cell(line, metric) for metric in metrics)] for line in lines
     ]
-    title = "" if keys or not cases else case_text(cases[0])
+    title = case_text({name: value for name, value in cases[0].items() if name not in keys}) if cases else ""
     header = [*(key.replace("_", " ") for key in keys), "", *(metric.label for metric in metrics)]
     return Grid(title, header, len(keys) + 1, rows, _notes(lines))
 

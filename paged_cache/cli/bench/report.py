@@ -29,6 +29,9 @@ def report(
 def all_(
     quick: Annotated[bool, typer.Option("--quick", help="Few samples, everything checked: minutes.")] = False,
     output_dir: Annotated[Path, typer.Option(help="For JSON files, logs and the report.")] = Path("out/bench"),
+    report_path: Annotated[
+        Path | None, typer.Option("--report", help="Markdown file.", show_default="report.md in the output dir")
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="Names of benchmarks, repeatable or with commas.", show_default="all")
     ] = None,
@@ -46,7 +49,7 @@ def all_(
         for name, text in failed.items():
             typer.echo(f"\n{name} failed: {text}", err=True)
         if len(failed) < len(runs):
-            report(output_dir, output_dir / "report.md")
+            report(output_dir, report_path or output_dir / "report.md")
     if failed:
         typer.echo(f"\nfailed: {', '.join(failed)}", err=True)
         raise typer.Exit(1)

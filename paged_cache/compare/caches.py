@@ -83,19 +83,27 @@ class Dynamic(NoCache):
 
 @dataclass
 class Static(Dynamic):
-    """Allocated once, before the prompts are known: for the power of two that is large enough. Used again each time."""
+    """Allocated once and used again each time; never compiled.
+
+    Attributes:
+        max_cache_len: Columns; without it the next power of two, as before the prompts are known.
+    """
 
     name: str = "StaticCache"
+    max_cache_len: int | None = None
     _made: StaticCache | None = field(default=None, repr=False)
 
     def _cache(self) -> Any:
         if self._made is None:
             length = max(map(len, self.rows)) + self.num_new
-            config = self.subject.model.config
-            self._made = StaticCache(config=config, max_cache_len=1 << (length - 1).bit_length())
+            columns = self.max_cache_len or 1 << (length - 1).bit_length()
+            self._made = StaticCache(config=self.subject.model.config, max_cache_len=columns)
         else:
             self._made.reset()
         return self._made
+
+    def _generate(self, cache: Any, watch: Watch) -> Tokens:
+        return self.subject.generate(self.rows, self.num_new, cache, streamer=watch, disable_compile=True)
 
 
 @dataclass

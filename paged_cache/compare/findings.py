@@ -24,10 +24,12 @@ def findings(results: Results) -> list[str]:
 def _tokens(results: Results) -> str:
     if wrong := faults(results):
         return "NOT RIGHT: " + "; ".join(wrong)
-    values = [x for line in results.lines if line.candidate in results.ours for x in line.metrics["identical_percent"]]
-    if min(values) == 100:
-        return f"All tokens of {PAGED} and of the batcher are those of DynamicCache, unpadded and alone."
-    return f"In {results.settings['dtype']}, {min(values):.0f} % or more of the rows are those of DynamicCache, alone."
+    lines = [line for line in results.lines if line.candidate in results.ours]
+    least = min(value for line in lines for value in line.metrics["identical_percent"])
+    names = " and ".join(dict.fromkeys(line.candidate for line in lines))
+    if least == 100:
+        return f"All tokens of {names} are those of DynamicCache, unpadded and alone."
+    return f"In {results.settings['dtype']}, {least:.0f} % or more of the rows of {names} are those of DynamicCache, alone."
 
 
 def _last(results: Results, key: str) -> Case | None:
@@ -42,8 +44,6 @@ def _compared(results: Results, case: Case, name: str, ours: str, peers: list[st
         return []
     ratios = {peer: results.ratio(case, name, ours, peer) for peer in peers if peer != ours}
     words = [f"{metric.words(ratio.median)} than {peer}" for peer, ratio in ratios.items() if ratio]
-    words = [text.replace("the same than", "the same as") for text in words]
+    words = [metric.number(line.spread(name).median), *(text.replace("same than", "same as") for text in words)]
     ((key, value),) = case.items()
-    return [
-        f"{key.replace('_', ' ')} {value}, {metric.label}: {ours} {metric.number(line.spread(name).median)}, {', '.join(words)}."
-    ]
+    return [f"{key.replace('_', ' ')} {value}, {metric.label}: {ours} {', '.join(words)}."]

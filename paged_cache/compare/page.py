@@ -44,7 +44,7 @@ def save_png(results: Results, path: Path) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = drawable(results)
-    columns = min(2, len(panels))
+    columns = min(2, len(panels)) or 1
     rows = -(-len(panels) // columns)
     layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15)
     figure = Figure(figsize=(6.4 * columns, 4.3 * rows + 0.5), layout=layout, facecolor="white")
@@ -134,11 +134,14 @@ def _origin(results: Results) -> str:
 
 def _how(results: Results) -> str:
     settings = results.settings
+    repeated = "Given prompts repeat where more are needed, and the batcher reuses what it has. "
     return (
         f"Medians of {settings['rounds']} rounds, in which all take turns after a round to warm up, with the least and the "
-        f"most in brackets. Every text has as many tokens as was asked for, whatever it says. Without a cache, "
-        f"{settings['num_new_without_cache']} tokens are generated at most. Batches smaller than the largest are run for "
-        "their memory only. TTFT is the time to the first token, TPOT the time per token behind it, E2EL the time to the "
-        "last one. Memory is that of keys and values: tensors of transformers' caches after the last step, and the most "
-        "blocks that a PagedCache held. Identical: rows with the tokens of generate with a DynamicCache, alone."
+        "most in brackets. Every text has as many tokens as was asked for, whatever it says; without a cache it has "
+        f"{settings['num_new_without_cache']} at most. {repeated if settings['prompts'] else ''}Batches smaller than the "
+        "largest are run for their memory only. A StaticCache has the next power of two of columns in batches, exactly as "
+        "many as it needs where contexts are compared, and is not compiled. TTFT is the time to the first token, TPOT the "
+        "time per token behind it, E2EL the time to the last one. Memory is that of keys and values: tensors of "
+        "transformers' caches after the last step, and the most blocks that a PagedCache held. Identical: rows with the "
+        "tokens of generate with a DynamicCache, alone."
     )

@@ -211,7 +211,7 @@ PANELS = (
     Panel(
         "throughput",
         "Requests at once: throughput",
-        "The same requests, with prompts and answers of different lengths, served in four ways; higher is better. A padded "
+        "The same requests, with prompts and answers of different lengths, served in each way; higher is better. A padded "
         "batch computes padding and waits for its longest answer, threads compute every request by itself.",
         CONCURRENCY,
         _throughput,

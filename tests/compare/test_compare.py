@@ -77,7 +77,7 @@ def test_the_screen_has_everything(shown):
         "wasted",
     ]:
         assert name in shown
-    assert "All tokens of PagedCache and of the batcher are those of DynamicCache" in shown
+    assert "All tokens of PagedCache and ContinuousBatcher are those of DynamicCache" in shown
     assert re.search(r"batch size 3, reserved: PagedCache .* than StaticCache, .* than DynamicCache", shown)
     assert all(f"compare.{suffix}" in shown for suffix in ("json", "png", "html"))
 
@@ -142,6 +142,8 @@ def test_memory_is_counted_by_hand():
     per_token = config.n_layer * 2 * config.n_embd * 4
     found = {kind.name: kind(of, of.prompts, 4).run().metrics for kind in (NoCache, Dynamic, Static, Paged)}
 
+    exact = Static(of, of.prompts, 4, max_cache_len=9).run().metrics
+    assert exact["reserved_bytes"] == 2 * 9 * per_token
     names = ("reserved_bytes", "used_bytes", "wasted_bytes")
     tokens = {name: tuple(sample[key] / per_token for key in names) for name, sample in found.items()}
     assert tokens == {

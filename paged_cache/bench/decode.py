@@ -24,7 +24,7 @@ from .stepping import make_model as make_model
 MOST_SAMPLES = 15
 EVERY = 2**31  # samples: those of steps and layers are bundled alike
 WARM_UP = 3
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}  # of the outputs' root mean square
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # see `difference`
 COPIES = 4  # of K and V: paged, dynamic, static, and the one that torch.cat makes of a layer or two
 GIB = 2**30
 TITLE = "A decode step: PagedCache against transformers' caches"
@@ -146,7 +146,7 @@ class Race:
     Attributes:
         steppers: By name, those that are in.
         notes: By name, why others are out.
-        worst: Largest difference of ours to the reference until now, of the reference's root mean square.
+        worst: Largest `difference` of ours to the reference until now.
     """
 
     def __init__(self, steppers: list[Stepper], tolerance: float, vocab_size: int) -> None:
@@ -209,16 +209,22 @@ class Race:
                 stepper.crop(GROWTH)
 
     def _compare(self, name: str) -> None:
-        expected = self._outputs[DYNAMIC].float()
-        difference = ((self._outputs[name].float() - expected).abs().max() / expected.square().mean().sqrt()).item()
+        found = difference(self._outputs[name], self._outputs[DYNAMIC])
         if name == PAGED:
-            self.worst = max(self.worst, difference)
-        if not difference < self._tolerance:
-            raise WrongAnswerError(f"outputs with {name} differ by {difference:.2g} from those with {DYNAMIC}")
+            self.worst = max(self.worst, found)
+        if not found < self._tolerance:
+            raise WrongAnswerError(f"outputs with {name} differ by {found:.2g} from those with {DYNAMIC}")
 
     def _new_ids(self) -> torch.Tensor:
         stepper = next(iter(self.steppers.values()))
         return torch.randint(self._vocab_size, (stepper.batch_size, 1), device=stepper.device)
+
+
+def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the expected output's root mean square: the largest one in float32, with less precision the root mean square."""
+    apart, usual = (output.float() - expected.float()).abs(), expected.float().square().mean().sqrt()
+    largest = apart.max() if expected.dtype == torch.float32 else apart.square().mean().sqrt()
+    return (largest / usual).item()
 
 
 def _metrics(stepper: Stepper, steps: list[float]) -> dict[str, list[float]]:

@@ -31,6 +31,7 @@ DYNAMIC, STATIC, PAGED, BATCHER = (
 )
 TRANSFORMERS_BATCHES = "generate_batch"
 OURS = [PAGED, BATCHER]
+COMPILED = f"{STATIC}, compiled"  # what `generate` does by itself on CUDA
 PEERS = {"static": STATIC, "generate_batch": TRANSFORMERS_BATCHES}
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
@@ -145,7 +146,8 @@ def candidates(model: Any, workload: Workload, peers: list[str]) -> list[Candida
         Serve(BATCHER, batcher, workload, agreement),
     ]
     if static is not None:
-        found.append(Generate(STATIC, model, workload, lambda: _emptied(static), agreement))
+        name = COMPILED if model.device.type == "cuda" else STATIC
+        found.append(Generate(name, model, workload, lambda: _emptied(static), agreement))
     if TRANSFORMERS_BATCHES in peers:
         server = GenerateBatch(model, num_keys=max(GenerateBatch.num_keys, total if size > 16 else 0))
         found.append(Serve(TRANSFORMERS_BATCHES, server, workload, agreement))

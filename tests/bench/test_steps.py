@@ -106,6 +106,18 @@ def test_ours_with_other_outputs_is_an_error(layers, is_timed):
         turn()
 
 
+def test_outputs_are_compared_as_precisely_as_they_are():
+    """In float32 one wrong number is enough; in 16 bits all of them together count."""
+    expected = torch.ones(100, 100)
+    output = expected.clone()
+    output[3, 4] += 0.5
+    halves = [x.to(torch.bfloat16) for x in (output, expected)]
+
+    assert decode.difference(output, expected) == pytest.approx(0.5)
+    assert decode.difference(*halves) == pytest.approx(0.005)
+    assert decode.difference(expected * float("nan"), expected) != 0
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     """A case that needs more memory than there is has a note instead of times; the others are measured."""
     options = ["--model", "layers", "--batch-sizes", "1", "--contexts", "16,512", "--memory", "0.005", "--seconds", "0"]

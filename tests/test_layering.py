@@ -114,7 +114,7 @@ OWNERS = {
     "peft": ["paged_cache.adapters.folders", "paged_cache.integrations"],
     "accelerate": [],
     "prometheus_client": ["paged_cache.observability"],
-    "matplotlib": ["paged_cache.compare.page", "paged_cache.compare.panels", "paged_cache.picture"],
+    "matplotlib": ["paged_cache.bench", "paged_cache.compare", "paged_cache.picture"],
     "rich": [
         "paged_cache.bench.tables",
         "paged_cache.cli",

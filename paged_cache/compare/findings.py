@@ -12,11 +12,11 @@ PAGED, SERVED = Paged.name, OURS[0]
 def findings(results: Results) -> list[str]:
     """For people, the most important first: tokens, memory, the price of a step, requests at once."""
     found = [_tokens(results)]
-    if case := _last(results, BATCH):
+    for case in _ends(results, BATCH)[-1:]:
         found += _compared(results, case, "reserved_bytes", PAGED, [Static.name, Dynamic.name])
-    if case := _last(results, CONTEXT):
+    for case in _ends(results, CONTEXT):
         found += _compared(results, case, "mean_tpot_ms", PAGED, [NoCache.name, Dynamic.name])
-    if case := _last(results, CONCURRENCY):
+    for case in _ends(results, CONCURRENCY):
         found += _compared(results, case, "output_throughput", SERVED, part(results, CONCURRENCY).candidates())
     return found + [f"Left out: {what} ({why})." for what, why in results.details.get("left_out", {}).items()]
 
@@ -32,10 +32,10 @@ def _tokens(results: Results) -> str:
     return f"In {results.settings['dtype']}, {least:.0f} % or more of the rows of {names} are those of DynamicCache, alone."
 
 
-def _last(results: Results, key: str) -> Case | None:
-    """The largest case of a part."""
-    cases = part(results, key).cases()
-    return max(cases, key=lambda case: case[key], default=None)
+def _ends(results: Results, key: str) -> list[Case]:
+    """The smallest case of a part and the largest; one, or none, where there are no more."""
+    cases = sorted(part(results, key).cases(), key=lambda case: float(case[key]))
+    return cases[:1] + cases[1:][-1:]
 
 
 def _compared(results: Results, case: Case, name: str, ours: str, peers: list[str]) -> list[str]:

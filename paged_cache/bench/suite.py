@@ -35,7 +35,7 @@ RUNS = (
     Run("throughput_192", ("throughput",), ("--num-prompts", "192"), has_peers=True, is_long=True),
     Run("serve", ("serve",), has_peers=True),
     Run("latency", ("latency",)),
-    Run("decode", ("decode",)),
+    Run("decode_layers", ("decode",)),
     Run(
         "kernels_cpu",
         ("kernels", "--device", "cpu", "--plot"),

@@ -112,7 +112,7 @@ RANGE = f"{N} to {N}"
 
 def row(name):
     """Reserved, used and wasted, as the demo prints them."""
-    cells = r"\D+?(?:\(\d+\)\D+?)?"
+    cells = r"\D*?(?:\(\d+\)\D*?)?"
     number = r"\d+(?:\.\d+)?"
     parts = [r"({0}) MiB", r"{0} MiB\D+({0}) MiB", r"{0} MiB\D+{0} MiB\D+{0} [KM]iB\s+({0}) ?%"]
     return [printed(name + cells + part.format(number)) for part in parts]

@@ -27,6 +27,7 @@ with ContinuousBatcher(model, pool, tokenizer=tokenizer, log_stats=0.2) as batch
     trace = batcher.observe(ChromeTrace())
 
     def on_event(event: object) -> None:
+        """Called with whatever happens, between two steps."""
         if isinstance(event, Generated) and event.request_id == "stack" and event.is_first:
             print(f"the map, while requests run: {save_pool_map(batcher, 'out/pool.html')}")
         elif isinstance(event, Finished):

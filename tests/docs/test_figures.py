@@ -115,6 +115,7 @@ FIGURES = [
 def test_figures_are_those_of_the_results(words, values) -> None:
     """Each sentence has the numbers of its file, rounded as it rounds."""
     text = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8"))
-    expected = re.sub(r"e([-+])0(\d)", r"e\1\2", words.format(*(number * (1 + 1e-9) for number in values()))  # halves up)
+    numbers = [number * (1 + 1e-9) for number in values()]  # halves go up
+    expected = re.sub(r"e([-+])0(\d)", r"e\1\2", words.format(*numbers))
 
     assert expected in text

@@ -115,7 +115,7 @@ def test_names_of_benchmarks():
     assert names("throughput", quick=True) == ["throughput"]
     assert names("throughput_192", quick=True) == ["throughput_192"]
     assert "throughput_192" not in names(quick=True)
-    with pytest.raises(InvalidRequestError, match=r"no benchmark speed; there are decode, kernels"):
+    with pytest.raises(InvalidRequestError, match=r"no benchmark speed; there are decode, decode_layers"):
         suite.chosen(["speed", "decode"], False)
 
 

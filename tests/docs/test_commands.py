@@ -60,7 +60,7 @@ def commands(program: str) -> list[Command]:
     for page in pages():
         for line in lines(page):
             match = PROGRAM.match(line)
-            if match and match[1] == program:
+            if match and match[1] == program and not re.search(r" … ?--", line):  # … stands for a subcommand
                 found.setdefault(line, Command(page, line))
     return list(found.values())
 

@@ -11,6 +11,7 @@ from .errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, Unsu
 from .patching import is_patched, patch, unpatch
 from .pool import BlockPool
 from .pool_stats import PoolStats
+from .prepacking import Prepacked, prepack_weights
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "PagedCacheError",
     "Policy",
     "PoolStats",
+    "Prepacked",
     "RequestHandle",
     "RequestMetrics",
     "RequestOutput",
@@ -33,5 +35,6 @@ __all__ = [
     "__version__",
     "is_patched",
     "patch",
+    "prepack_weights",
     "unpatch",
 ]

@@ -126,3 +126,25 @@ def execution_device(module: torch.nn.Module) -> torch.device | None:
         if device is not None:
             return torch.empty(0, device=device).device  # "cuda" and 0 become "cuda:0"
     return None
+
+
+def packed_dtypes() -> tuple[torch.dtype, ...]:
+    """In which dtypes torch's oneDNN computes linear layers with packed weights here; none if it is missing."""
+    operators = torch.ops.mkldnn
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(operators, name) for name in names):
+        return ()
+    has_bfloat16 = hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bfloat16 else (torch.float32,)
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of `[out_features, in_features]` in the layout that oneDNN prefers on this CPU, for any number of rows."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
+
+
+def linear_with_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What `torch.nn.functional.linear` gives, by oneDNN."""
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return found

@@ -12,6 +12,7 @@ from .adapters.exclusive import lock_of
 from .adapters.glance import Glance
 from .bits import samples, sums
 from .compat import offloaded_weights, peft_layer_classes
+from .prepacking import forget_copies
 
 
 class WeightsVersion:
@@ -43,6 +44,9 @@ class WeightsVersion:
         """From now on the weights count as other ones."""
         self._generation += 1
         self._seen = []
+        model = self._model()
+        if model is not None:
+            forget_copies(model)
 
     def read(self) -> "Weights | None":
         """The weights as they are now; None if that cannot be told, so that nothing may be shared."""

@@ -29,6 +29,7 @@ FLOORS = {
     "paged_cache.packed": 2,
     "paged_cache.patching": 2,
     "paged_cache.pool": 2,
+    "paged_cache.prepacking": 2,
     "paged_cache.pool_stats": 1,
     "paged_cache.prefix_checks": 2,
     "paged_cache.prefix_file": 2,

@@ -11,7 +11,6 @@ import torch
 
 from ..cache import PagedCache
 from ..errors import InvalidRequestError, PagedCacheError
-from ..patching import hold
 from ..pool import BlockPool
 from ..pool_map import PoolMap, pool_map
 from .adapter_forward import AdapterForward
@@ -30,7 +29,7 @@ from .pool_memory import PoolMemory
 from .progress import Progress
 from .prompts import as_prompts
 from .scheduler import Scheduler
-from .serving import limits_for, require_different, require_limits, require_observers, require_served
+from .serving import hold_for, limits_for, require_different, require_limits, require_observers, require_served
 from .stats import BatcherStats
 from .stats_logger import StatsLogger, log_interval
 
@@ -55,6 +54,7 @@ class ContinuousBatcher:
         max_loras: Different adapters that run at once, and most of `lora_modules` in memory; None for any number.
         observers: Called with what happens; see `observe`.
         log_stats: Logs a line on throughput, queue and pool every five seconds, or every so many; see `StatsLogger`.
+        prepack_weights: On a CPU, linear layers are faster for a second copy of their weights; see `prepack_weights`.
         clock: Seconds, for deadlines, aging and metrics.
 
     Raises:
@@ -76,6 +76,7 @@ class ContinuousBatcher:
         max_loras: int | None = None,
         observers: Iterable[Observer] = (),
         log_stats: bool | float = False,
+        prepack_weights: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         inner = require_served(model, pool)
@@ -86,7 +87,7 @@ class ContinuousBatcher:
         self._adapters = AdapterStore(model, pool, max_loras)
         self._adapters.register(lora_modules or {})
         self.pool, self.max_queue_size, self.max_loras = pool, max_queue_size, max_loras
-        self._unpatch = weakref.finalize(self, hold(inner))
+        self._unpatch = weakref.finalize(self, hold_for(model, prepack_weights))
         try:
             chosen: Any = choose_forward(model if hasattr(model, "_orig_mod") else inner, pool)
             direct = type(chosen)(inner, pool) if hasattr(model, "_orig_mod") else chosen

@@ -1,7 +1,8 @@
 """What can be served: by which models, within which limits, and which requests at all."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from numbers import Integral
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel
 
 from ..compat import base_model, inputs_of_peft
 from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, UnsupportedModelError
+from ..patching import hold
 from ..pool import BlockPool
+from ..prepacking import prepack_weights
 from .events import Observer
 from .pool_memory import PoolMemory
 from .request import Request
@@ -46,6 +49,21 @@ def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
     if inner.training:
         raise InvalidRequestError("the model is in training mode, where dropout is active: call model.eval() first.")
     return inner
+
+
+def hold_for(model: torch.nn.Module, prepack: bool) -> Callable[[], None]:
+    """Keeps a model patched, and prepacked if that is asked for, until the function is called that this returns.
+
+    Raises:
+        InvalidRequestError: `prepack` is neither True nor False.
+    """
+    if not isinstance(prepack, bool):
+        raise InvalidRequestError(f"prepack_weights={prepack!r:.100}: True or False is needed.")
+    with ExitStack() as stack:
+        stack.callback(hold(base_model(model)))
+        if prepack:
+            stack.enter_context(prepack_weights(model))
+        return stack.pop_all().close
 
 
 def require_limits(tokenizer: Any, **limits: Any) -> None:

@@ -75,8 +75,8 @@ def test_everybody_serves_all_requests(bench):
     results = bench(*options, "--add")
 
     assert results.cases() == [{"shared_prefix_len": 64}]
-    assert results.candidates() == [*OTHERS, "fcfs", "sjf"]
-    assert results.ours == ["fcfs", "sjf"]
+    assert results.candidates() == [*OTHERS, "fcfs", "sjf", "prepacked"]
+    assert results.ours == ["fcfs", "sjf", "prepacked"]
     for line in results.lines:
         found = {metric: min(samples) for metric, samples in line.metrics.items()}
         assert not line.note

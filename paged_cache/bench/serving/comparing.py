@@ -17,7 +17,7 @@ from ..measuring import Sample, Tick, Wrong, measure
 from ..results import Case, Line
 from ..workload import Workload
 from .metrics import Metrics
-from .ours import POLICIES, Ours
+from .ours import OURS, PREPACKED, Ours
 from .outcome import Pace, Run, Server
 from .peers import GENERATE_BATCH, GenerateBatch, Loop, Padded
 from .vllm_peer import Vllm
@@ -65,7 +65,10 @@ class Settings:
         Raises:
             InvalidRequestError: There is none of this name.
         """
-        known = [name for name in possible if name != "generate_batch" or GENERATE_BATCH]
+        missing = set() if GENERATE_BATCH else {"generate_batch"}
+        if (self.device, self.dtype) != ("cpu", "float32"):
+            missing.add(PREPACKED)
+        known = [name for name in possible if name not in missing]
         names = list(dict.fromkeys(self.only)) or [name for name in usual if name in known]
         if unknown := [name for name in names if name not in known]:
             raise InvalidRequestError(f"there is no candidate {unknown[0]!r} here, only {', '.join(known)}.")
@@ -125,7 +128,7 @@ def servers(settings: Settings, names: list[str], model: Any, workloads: list[Wo
             "generate_batch": lambda: GenerateBatch(model),
             "vllm": lambda: stack.enter_context(_vllm(settings, model, workloads, stack)),
         }
-        ours = {name: Ours(model, name, settings.room, settings.limits()) for name in POLICIES}
+        ours = {name: Ours(model, name, settings.room, settings.limits()) for name in OURS}
         yield [ours[name] if name in ours else makers[name]() for name in names]
 
 
@@ -151,10 +154,10 @@ def compare(
         return [Task(server, load, when, read, judge) for server in who]
 
     warm = tasks(everybody, workload.first(CHECKED), None)
-    failed = [line for line in measure(warm, POLICIES, case, rounds=1, warm_up=0, check=check, tick=tick) if line.note]
+    failed = [line for line in measure(warm, OURS, case, rounds=1, warm_up=0, check=check, tick=tick) if line.note]
     right = [server for server in everybody if server.name not in {line.candidate for line in failed}]
     options: dict[str, Any] = {"rounds": settings.rounds, "warm_up": 0, "check": check, "tick": tick}
-    return [*measure(tasks(right, workload, pace), POLICIES, case, **options), *failed]
+    return [*measure(tasks(right, workload, pace), OURS, case, **options), *failed]
 
 
 class Judge:

@@ -11,6 +11,9 @@ from ..workload import Workload
 from .outcome import Pace, Run, Served
 
 POLICIES = ("fcfs", "sjf", "hrrn")
+PREPACKED = "prepacked"
+"""The candidate that serves shortest jobs first, with weights that were prepacked before the first request came."""
+OURS = (*POLICIES, PREPACKED)
 
 
 @dataclass
@@ -18,21 +21,22 @@ class Ours:
     """The batcher with a pool and a prefix index of its own for each run.
 
     Attributes:
-        policy: Of the batcher; also the candidate's name.
+        name: In tables: of `OURS`.
         room: Size of the pool, of what all requests would need at once.
         limits: `max_num_seqs`, `max_num_batched_tokens`; those that are left out are the batcher's own.
     """
 
     model: Any
-    policy: str
+    name: str
     room: float = 1.0
     limits: dict[str, Any] = field(default_factory=dict)
     block_size: int = 16
 
     @property
-    def name(self) -> str:
-        """In tables."""
-        return self.policy
+    def options(self) -> dict[str, Any]:
+        """Of the batcher."""
+        is_prepacked = self.name == PREPACKED
+        return {"policy": "sjf" if is_prepacked else self.name, "prepack_weights": is_prepacked, **self.limits}
 
     def describe(self) -> dict[str, Any]:
         """Settings."""
@@ -44,7 +48,7 @@ class Ours:
 
     def batcher(self, workload: Workload) -> ContinuousBatcher:
         """A new one, on a new pool."""
-        return ContinuousBatcher(self.model, self._pool(workload), policy=self.policy, **self.limits)
+        return ContinuousBatcher(self.model, self._pool(workload), **self.options)
 
     def _serve_at_once(self, workload: Workload) -> Run:
         """From handing the requests in until the last one is over."""
@@ -75,7 +79,7 @@ class Ours:
                 output = await handle.result()
                 return _served(output, times, arrival), output
 
-        async with AsyncContinuousBatcher(self.model, pool, policy=self.policy, **self.limits) as batcher:
+        async with AsyncContinuousBatcher(self.model, pool, **self.options) as batcher:
             start = time.perf_counter()
             pairs = await asyncio.gather(*map(serve, range(len(workload.prompts))))
             seconds, stats = time.perf_counter() - start, batcher.stats()

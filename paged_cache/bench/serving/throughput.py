@@ -10,10 +10,10 @@ from ..results import Goal, Results, environment
 from .comparing import PEERS, Settings, compare, servers, torch_threads
 from .datasets import Dataset
 from .metrics import throughput_metrics
-from .ours import POLICIES
+from .ours import OURS, PREPACKED
 
-USUAL = ("loop", "padded", "generate_batch", "fcfs", "sjf")
-POSSIBLE = ("loop", "padded", "generate_batch", *POLICIES)
+USUAL = ("loop", "padded", "generate_batch", "fcfs", "sjf", PREPACKED)
+POSSIBLE = ("loop", "padded", "generate_batch", *OURS)
 COLUMNS = [
     "elapsed_time",
     "output_throughput",
@@ -61,7 +61,7 @@ def run(
             settings.for_json() | dataset.settings(),
             columns=COLUMNS,
             compared=["output_throughput"],
-            ours=[name for name in names if name in POLICIES],
+            ours=[name for name in names if name in OURS],
             goals=goals(settings, dataset, shared_prefix_len, names),
         )
         if earlier:
@@ -81,7 +81,7 @@ def goals(settings: Settings, dataset: Dataset, shared: Sequence[int], names: li
     if dataset.dataset_name != "trace" or settings.model == "tiny":
         return []
     found = []
-    for ours in (name for name in names if name in POLICIES):
+    for ours in (name for name in names if name in OURS):
         for num_shared in shared:
             for peer, ratio in (FASTER | (FASTER_SHARED if num_shared else {})).items():
                 options: dict[str, Any] = {"at_least": ratio, "case": {SHARED: num_shared}}

@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 
 from paged_cache import (
     BlockPool,
-    ContinuousBatcher,
     InvalidRequestError,
     PagedCache,
     Prepacked,
@@ -19,7 +18,6 @@ from paged_cache import (
     prepack_weights,
     prepacking,
 )
-from paged_cache.bench.models import make_model
 from tests.architectures.tiny import build
 
 pytestmark = pytest.mark.skipif(not prepacking.packed_dtypes(), reason="torch has no oneDNN here")
@@ -270,7 +268,7 @@ def test_compiled_code_has_layers_of_its_own(calls, layer):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("way", ["autocast", "vmap", "oneDNN off"])
-def test_calls_that_oneDNN_does_not_know_run_as_before(calls, layer, way):
+def test_calls_that_are_not_for_onednn_run_as_before(calls, layer, way):
     """Autocast, functorch and `torch.backends.mkldnn` have their effect."""
     x = torch.randn(4, 96)
     with prepack_weights(layer):
@@ -440,7 +438,7 @@ def test_generate_with_a_cache(calls, model):
 
 def test_no_module():
     """What is no module is named."""
-    with pytest.raises(InvalidRequestError, match="model='llama': a torch.nn.Module is needed"):
+    with pytest.raises(InvalidRequestError, match=r"model='llama': a torch.nn.Module is needed"):
         prepack_weights("llama")
 
 
@@ -450,21 +448,3 @@ def test_nothing_prepacked_is_a_handle_too():
         nothing.remove()
 
     assert nothing.num_layers == 0
-
-
-def test_the_benchmark_model_is_large_enough():
-    """With the real limit, a decode step of four rows of the model that is measured is packed."""
-    model = make_model("28m")
-    layer = model.model.layers[0].mlp.up_proj
-    x = torch.randn(4, layer.in_features)
-
-    assert x.numel() * layer.out_features >= prepacking.MIN_PRODUCTS
-
-
-def test_a_batcher_says_when_the_option_is_wrong(model):
-    """Before anything is changed."""
-    before, pool = trace(model), BlockPool.for_model(model, num_blocks=8)
-    with pytest.raises(InvalidRequestError, match="prepack_weights='yes': True or False is needed"):
-        ContinuousBatcher(model, pool, prepack_weights="yes")
-
-    assert trace(model) == before

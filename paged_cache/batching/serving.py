@@ -51,13 +51,13 @@ def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
     return inner
 
 
-def hold_for(model: torch.nn.Module, prepack: bool) -> Callable[[], None]:
+def hold_for(model: torch.nn.Module, prepack: bool | None) -> Callable[[], None]:
     """Keeps a model patched, and prepacked if that is asked for, until the function is called that this returns.
 
     Raises:
-        InvalidRequestError: `prepack` is neither True nor False.
+        InvalidRequestError: `prepack` is neither True nor False, nor None, which is False.
     """
-    if not isinstance(prepack, bool):
+    if not (prepack is None or isinstance(prepack, bool)):
         raise InvalidRequestError(f"prepack_weights={prepack!r:.100}: True or False is needed.")
     with ExitStack() as stack:
         stack.callback(hold(base_model(model)))

@@ -3,6 +3,7 @@
 import math
 import runpy
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,19 @@ def test_goals_speak_of_what_was_measured():
     }
     assert not throughput.goals(Settings("28m"), Dataset("random"), (0,), ["loop", "sjf"])
     assert not throughput.goals(Settings("tiny"), Dataset(), (0,), ["loop", "sjf"])
+
+
+def test_prepacked_weights_are_compared_where_they_can_be():
+    """In float32 on a CPU, with vLLM's goals for them; elsewhere nobody of this name can be chosen."""
+    names = Settings("28m").chosen(throughput.USUAL, throughput.POSSIBLE)
+    goals = throughput.goals(Settings("28m"), Dataset(), (0,), [*names, "vllm"])
+
+    assert names[-1] == "prepacked"
+    assert {goal.limit for goal in goals if (goal.ours, goal.peer) == ("prepacked", "vllm")} == {1.8, 1.0}
+    for other in (Settings("28m", dtype="bfloat16"), Settings("28m", device="cuda")):
+        assert "prepacked" not in other.chosen(throughput.USUAL, throughput.POSSIBLE)
+        with pytest.raises(InvalidRequestError, match="no candidate 'prepacked' here"):
+            replace(other, only=("prepacked",)).chosen(throughput.USUAL, throughput.POSSIBLE)
 
 
 def test_a_short_request_is_no_error_and_a_long_one_is():

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -76,7 +76,7 @@ def prepack_weights(model: torch.nn.Module) -> Prepacked:
         raise InvalidRequestError(f"model={model!r:.100}: a torch.nn.Module is needed, such as a PreTrainedModel.")
     name = type(base_model(model)).__name__
     reason = _why_not(model)
-    layers = [] if reason else [layer for layer in peft_layers.split(model)[0] if _can_hold(layer)]
+    layers = [] if reason else [layer for layer in peft_layers.split(model)[0] if _can_be(layer)]
     if not layers:
         reason = reason or "none is a plain torch.nn.Linear on the CPU, of a dtype that oneDNN computes in here"
         logger.info("linear layers of %s stay as they are: %s", name, reason)
@@ -109,8 +109,8 @@ class PrepackedLinear(torch.nn.Linear):
         return "Linear"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return object.__new__, (torch.nn.Linear,), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return object.__new__, (torch.nn.Linear,), *reduced[2:]
 
 
 class _Packing:
@@ -172,7 +172,7 @@ def _let_go(layer: torch.nn.Linear, holder: object) -> None:
         if not packing.holders:
             del _packings[layer]
             if type(layer) is PrepackedLinear:
-                layer.__class__ = torch.nn.Linear
+                layer.__class__ = torch.nn.Linear  # type: ignore[assignment]  # narrowed to the other one
 
 
 def _why_not(model: torch.nn.Module) -> str | None:
@@ -182,7 +182,7 @@ def _why_not(model: torch.nn.Module) -> str | None:
     return "torch.compile made their code" if hasattr(model, "_orig_mod") else None
 
 
-def _can_hold(layer: torch.nn.Module) -> bool:
+def _can_be(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Whether a layer is a plain one, whose weight stays where it is."""
     weight = layer._parameters.get("weight")
     is_plain = type(layer) in (torch.nn.Linear, PrepackedLinear) and not _is_hooked(layer)
@@ -224,9 +224,9 @@ def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         and x.shape[-1] == weight.shape[1]
         and not (torch.is_grad_enabled() and _has_gradient(x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
-        and torch.backends.mkldnn.enabled
+        and torch._C._get_mkldnn_enabled()
     )
 
 

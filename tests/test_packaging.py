@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import paged_cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,8 +109,25 @@ def test_integrations_link() -> None:
 
 
 def test_all_is_what_is_exposed() -> None:
-    """`__all__` is sorted and has every public name, and no other."""
+    """`__all__` is sorted and has every public name, and no other; those that were not used yet are listed, too."""
+    assert set(paged_cache.__all__) <= set(dir(paged_cache))
+    for name in paged_cache.__all__:
+        assert getattr(paged_cache, name) is not None
     assert exposed(paged_cache) == paged_cache.__all__
+
+
+def test_names_that_are_not_there() -> None:
+    """They are refused as by any module."""
+    with pytest.raises(AttributeError, match="has no attribute 'PagedCach'"):
+        _ = paged_cache.PagedCach
+
+
+def test_the_command_line_does_not_wait_for_torch() -> None:
+    """Nor does `import paged_cache`: what takes seconds is imported when it is used."""
+    code = "import sys, paged_cache, paged_cache.cli; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
+    result = run(code)
+
+    assert result.stdout.strip() == "set()", result.stderr
 
 
 def test_version() -> None:

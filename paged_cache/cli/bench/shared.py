@@ -1,11 +1,13 @@
 """What all benchmarks do with their results."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...bench.results import Results
+if TYPE_CHECKING:
+    from ...bench.results import Results
 
 
-def finish(results: Results, output_json: Path | None) -> None:
+def finish(results: "Results", output_json: Path | None) -> None:
     """Shows the tables, and writes the JSON file if one is asked for."""
     from rich.console import Console
 

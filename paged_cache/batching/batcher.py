@@ -172,7 +172,7 @@ class ContinuousBatcher:
         handles: list[RequestHandle] = [request.handle for request in requests]
         with cancelling(handles):
             for request in requests:
-                while not (request.handle.done or self._intake.enter(request)):
+                while not self._intake.enter(request):
                     self._loop.wait(lambda: is_left() or self._loop.has_room())
                     if is_left():
                         raise PagedCacheError("nobody waits for these requests any more.")

@@ -12,6 +12,7 @@ from ..compat import is_out_of_memory, logger
 from ..errors import InvalidRequestError, OutOfBlocksError
 from .adapter_forward import AdapterForward, by_adapter
 from .adapter_store import AdapterStore
+from .budget import Budget
 from .deadlines import Deadlines
 from .plan import StepPlan
 from .pool_memory import PoolMemory
@@ -19,12 +20,10 @@ from .processing import OutputProcessor, make_output
 from .reporting import Reports
 from .request import Chunk, Request, Status
 from .scheduler import Scheduler
+from .stopwatch import Stopwatch
 
 BLOCKED_SECONDS = 10.0
 """How long the first request waits for blocks that somebody outside the batcher holds, while nothing else runs."""
-
-RECOVERY_STEPS = 16
-"""After so many good steps the token budget that ran out of memory is doubled again."""
 
 
 class Engine:
@@ -62,11 +61,10 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.finished: Counter[str] = Counter()
         self.reports = Reports(scheduler, memory)
-        self.outputs = OutputProcessor(forward, memory, scheduler, self.reports, self.finish)
+        self.outputs = OutputProcessor(forward, memory, scheduler, self.reports, self.finish, clock)
         self.num_steps = self.num_tokens = self.peak_blocks = 0
         self.forward_seconds = self.step_seconds = 0.0
-        self._budget: int | None = None
-        self._good_steps = 0
+        self._budget = Budget(scheduler.max_num_batched_tokens)
         self._blocked_since: float | None = None
         self._deadlines = Deadlines()
 
@@ -78,7 +76,7 @@ class Engine:
         """
         new = []
         for request in requests:
-            if request.handle.done:
+            if request.status is Status.FINISHED:
                 continue
             known = self.requests.setdefault(request.request_id, request)
             if known is not request:
@@ -86,8 +84,6 @@ class Engine:
             elif request.number < 0:
                 self._deadlines.add(request)
                 new.append(request)
-        if self.reports.observers:
-            self.reports.queued(new)
         try:
             self._add_new(new)
         except BaseException:
@@ -97,14 +93,19 @@ class Engine:
             raise
 
     def _add_new(self, requests: list[Request]) -> None:
+        wrong = None
         try:
             self.scheduler.add(*requests)
         except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
-            if len(requests) == 1:
-                self.finish(requests[0], "error", error)
-            else:  # only the one that it fails for is to suffer
+            if len(requests) > 1:  # only the one that it fails for is to suffer
                 for request in requests:
                     self._add_new([request])
+                return
+            wrong = error
+        if self.reports.observers:
+            self.reports.queued(requests)
+        if wrong is not None:
+            self.finish(requests[0], "error", wrong)
 
     def step(self) -> bool:
         """Executes one step; whether anything was computed.
@@ -115,13 +116,16 @@ class Engine:
         start = self._clock()
         for request in self._deadlines.pop_due(start):
             self.finish(request, "timeout")
-        with torch.no_grad():
-            is_done = self._compute()
-        if is_done:
+        is_done = False
+        try:
+            with torch.no_grad():
+                is_done = self._compute()
+        finally:
             end = self._clock()
-            self.num_steps += 1
-            self.step_seconds += end - start
-            if self.reports.observers:
+            if is_done:
+                self.num_steps += 1
+                self.step_seconds += end - start
+            if self.reports.observers and (is_done or self.reports.has_computed):
                 self.reports.step_done(start, end)
         self.adapters.sweep()
         return is_done
@@ -143,6 +147,7 @@ class Engine:
 
     def reject(self, request: Request, error: Exception) -> None:
         """Ends a request that never began."""
+        request.status = Status.FINISHED
         self._tell(request, "rejected", error)
 
     def rows(self) -> Iterator[tuple[str, list[list[int]], int]]:
@@ -181,16 +186,17 @@ class Engine:
                 logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, kind, error)
             now = self._clock()
             output = make_output(request, reason, error, now, self._tokenizer)
-            if self.reports.observers:
-                self.reports.finished(request, output, now)
-            request.handle._finish(output)
+            if self.reports.observers and request.request_id not in self.requests:  # that one is not over
+                self.reports.finished(request, output, now)  # who ends the handle
+            else:
+                request.handle._finish(output)
 
     def _compute(self) -> bool:
         """Plans, executes and gives out tokens, again with less if memory runs out; whether that came to its end."""
         least = 2**62
         while True:
             self.memory.begin_step(self.scheduler.running)
-            plan = self.scheduler.schedule(self._budget)
+            plan = self.scheduler.schedule(self._budget.limit)
             if self.reports.observers:
                 self.reports.planned(plan, self._clock())
             if not plan.chunks:
@@ -216,12 +222,14 @@ class Engine:
                 if not 1 < count < least:  # a prompt that is computed in one piece may be more than the budget
                     return self._fail([max(plan.chunks, key=lambda chunk: chunk.num_tokens)], error)
                 least = count
-                self._use_less(count)
+                self._budget.use_less(count)
+                if any(device.type == "cuda" for device in self.memory.pool.devices):
+                    torch.cuda.empty_cache()
             except BaseException:
                 self._rewind(plan)
                 raise
             else:
-                self._recover()
+                self._budget.recover()
                 return True
 
     def _wait_for_blocks(self) -> bool:
@@ -240,27 +248,23 @@ class Engine:
     def _waiting(self) -> Iterator[Request]:
         yield from sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
 
-    def _use_less(self, count: int) -> None:
-        """A step of so many tokens ran out of memory."""
-        self._budget, self._good_steps = count // 2, 0
-        logger.warning("out of memory with %d tokens in a step, trying %d", count, self._budget)
-        if any(device.type == "cuda" for device in self.memory.pool.devices):
-            torch.cuda.empty_cache()
-
     def _execute(self, plan: StepPlan, count: int) -> None:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
-        begun = self._clock() if self.reports.observers else 0.0
-        start = time.perf_counter()
+        watch = Stopwatch(self._clock, self.memory.pool.devices)
         logits = self.forward(plan.chunks)
-        seconds, now = time.perf_counter() - start, self._clock()
+        watch.stop(logits)
         self._blocked_since = None
-        self.forward_seconds += seconds
         self.num_tokens += count
         self.peak_blocks = max(self.peak_blocks, self.memory.num_blocks - self.memory.num_free)
-        self.scheduler.observe_step(seconds, count, kv_tokens)
-        if self.reports.observers:
-            self.reports.computed(plan.chunks, begun, now)
-        self.outputs.process(plan, logits, now)
+        try:
+            chosen = self.outputs.choose(plan, logits)
+        finally:  # not before: on a GPU the first look at what was chosen waits for the forward, and nothing else does
+            seconds, now = watch.read()
+            self.forward_seconds += seconds
+            self.scheduler.observe_step(seconds, count, kv_tokens)
+            if self.reports.observers:
+                self.reports.computed(plan.chunks, watch.begun, now)
+        self.outputs.give(chosen)
 
     def _begin(self, plan: StepPlan) -> None:
         failed = self.adapters.errors(chunk.request for chunk in plan.chunks)
@@ -281,15 +285,6 @@ class Engine:
             if any(row.num_computed == row.num_tokens for row in request.rows):
                 self.memory.release(request)
                 self.memory.admit(request)
-
-    def _recover(self) -> None:
-        if self._budget is None:
-            return
-        self._good_steps += 1
-        if self._good_steps >= RECOVERY_STEPS:
-            self._good_steps, self._budget = 0, self._budget * 2
-            if self._budget >= self.scheduler.max_num_batched_tokens:
-                self._budget = None
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> bool:
         for request in {id(chunk.request): chunk.request for chunk in chunks}.values():

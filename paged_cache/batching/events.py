@@ -133,7 +133,7 @@ class Finished(RequestEvent):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """A step came to its end.
+    """A step came to its end, or failed behind its forward.
 
     Attributes:
         start: When it began; `time` is its end.

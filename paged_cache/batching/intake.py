@@ -8,7 +8,7 @@ from .handle import RequestHandle
 from .inputs import InputProcessor
 from .loop import EngineLoop
 from .options import OWN_OPTIONS, RequestOptions
-from .request import Request
+from .request import Request, Status
 from .serving import why_never
 
 
@@ -63,7 +63,9 @@ class Intake:
         return request
 
     def enter(self, request: Request) -> bool:
-        """Whether there was room in the queue; what can never be served needs none and is rejected."""
+        """Whether there was room in the queue; what can never be served, or is over, needs none and is rejected."""
+        if request.status is Status.FINISHED:
+            return True
         engine = self._engine
         error = why_never(request, engine.memory, engine.scheduler.max_num_seqs, engine.forward.whole_prompts)
         if error is not None:

@@ -92,6 +92,8 @@ class EngineLoop:
     def cancel(self, request_id: str, wait: bool = True) -> None:
         """Ends a request; it is over when this returns, or when the step that calls this is.
 
+        Its handle waits for observers, if there are any, to have heard of it; this does not, while another thread tells them.
+
         Args:
             request_id: Of the request.
             wait: False to leave it to the next step, whoever does that; takes no lock.
@@ -138,7 +140,7 @@ class EngineLoop:
                 self._drain()  # who was cancelled in the step is over with it
                 return is_done
         finally:
-            self._report()
+            self._report(wait=True)
 
     def wait(self, is_met: Callable[[], bool], timeout: float | None = None) -> None:
         """Returns when a condition holds; steps the engine until then if no thread does.
@@ -149,6 +151,9 @@ class EngineLoop:
         """
         end = None if timeout is None else time.monotonic() + timeout
         while not is_met():
+            self._engine.reports.end_heard()
+            if is_met():
+                return
             self._require_outside()
             left = 1.0 if end is None else end - time.monotonic()
             if left <= 0:
@@ -191,6 +196,7 @@ class EngineLoop:
     def _serve(self) -> None:
         """Waits for work, or does a step whose errors nobody else would see."""
         if not self.has_work:
+            self._report()  # what an interrupt left
             self._wait_for_change(lambda: self.has_work or self.is_over, 1.0)
             if not self.has_work:
                 self._engine.rest()
@@ -209,14 +215,14 @@ class EngineLoop:
             with ExitStack() as stack:  # goes on whatever is raised
                 for request in reversed(list(self._engine.requests.values())):
                     stack.callback(self._engine.finish, request, reason, error)
-        self._report()
+        self._report(wait=True)
 
     def _is_started(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     def _is_served(self) -> bool:
-        """Whether somebody steps."""
-        return self._is_started() or self._stepping.locked()
+        """Whether somebody steps, or tells observers of it."""
+        return self._is_started() or self._stepping.locked() or self._engine.reports.is_busy
 
     def _is_inside(self) -> bool:
         """Whether this was called by a streamer, a processor or a listener."""
@@ -267,11 +273,14 @@ class EngineLoop:
             finally:
                 self._num_waiters -= 1
 
-    def _report(self) -> None:
+    def _report(self, wait: bool = False) -> None:
         """Observers hear what happened, when no step is under way; then those who wait look again."""
-        if self._engine.reports.untold and not self._is_inside():
-            self._engine.reports.tell()
-        self._tell()
+        try:
+            reports = self._engine.reports
+            if (reports.untold or reports.endings) and not self._is_inside():
+                reports.tell(wait)
+        finally:
+            self._tell()
 
     def _tell(self) -> None:
         if self._num_waiters:

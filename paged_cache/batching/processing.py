@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 
 from .beam_search import BeamSearch
-from .choosing import choose
+from .choosing import Choice, choose
 from .decoding import Decoding
 from .forwards import Forward
 from .output import RequestMetrics, RequestOutput
@@ -30,16 +30,23 @@ class OutputProcessor:
         scheduler: Is told of rows that are complete.
         reports: Are told of tokens.
         finish: Called with a request, its finish reason and its error or None.
+        clock: Seconds; read when a request has its tokens.
 
     Attributes:
         num_generated: Tokens chosen, of all rows.
     """
 
     def __init__(
-        self, forward: Forward, memory: PoolMemory, scheduler: Scheduler, reports: Reports, finish: Finish
+        self,
+        forward: Forward,
+        memory: PoolMemory,
+        scheduler: Scheduler,
+        reports: Reports,
+        finish: Finish,
+        clock: Callable[[], float],
     ) -> None:
         self._forward, self._memory, self._scheduler = forward, memory, scheduler
-        self._reports, self._finish = reports, finish
+        self._reports, self._finish, self._clock = reports, finish, clock
         self.num_generated = 0
 
     def begin(self, request: Request) -> None:
@@ -48,27 +55,32 @@ class OutputProcessor:
         request.decoding.begin()
         self._stream(request, torch.tensor([request.prompt_ids]))
 
-    def process(self, plan: StepPlan, logits: torch.Tensor, now: float) -> None:
-        """Chooses the next tokens.
+    def choose(self, plan: StepPlan, logits: torch.Tensor) -> list[tuple[Request, Choice | torch.Tensor]]:
+        """The next tokens of the requests that are ready; of a beam search its logits, `[num_beams, vocab_size]`.
 
         Args:
             plan: What was computed.
             logits: `[num_ready, vocab_size]`, a row for each chunk with which a sequence had no token left to compute.
-            now: Seconds, on the batcher's clock.
         """
         ready, places, logits = self._ready(plan, logits)
         beams = [i for i, request in enumerate(ready) if isinstance(request.decoding, BeamSearch)]
         others = [i for i in range(len(ready)) if i not in beams] if beams else range(len(ready))
+        chosen: list[tuple[Request, Choice | torch.Tensor]] = []
         if len(others):
             decodings = cast(list[Decoding], [ready[i].decoding for i in others])
             choices = choose(decodings, logits, [places[i] for i in others])
-            for i, choice in zip(others, choices, strict=True):
-                if isinstance(choice, Exception):
-                    self._finish(ready[i], "error", choice)
-                else:
-                    self._accept(ready[i], choice, now)
-        for i in beams:
-            self._turn(ready[i], logits[places[i]].float(), now)
+            chosen += zip((ready[i] for i in others), choices, strict=True)
+        return chosen + [(ready[i], logits[places[i]].float()) for i in beams]
+
+    def give(self, chosen: list[tuple[Request, Choice | torch.Tensor]]) -> None:
+        """Hands requests what was chosen for them; beam searches make their turn."""
+        for request, choice in chosen:
+            if isinstance(choice, Exception):
+                self._finish(request, "error", choice)
+            elif isinstance(choice, torch.Tensor):
+                self._turn(request, choice)
+            else:
+                self._accept(request, choice)
 
     def _ready(self, plan: StepPlan, logits: torch.Tensor) -> tuple[list[Request], list[list[int]], torch.Tensor]:
         """The requests all of whose rows have logits, and where these are in the (possibly longer) logits."""
@@ -111,7 +123,7 @@ class OutputProcessor:
         numbers = iter(range(start, len(logits)))
         return logits, [next(numbers) if part is not None else -1 for part in parts]
 
-    def _accept(self, request: Request, tokens: list[int], now: float) -> None:
+    def _accept(self, request: Request, tokens: list[int]) -> None:
         decoding = cast(Decoding, request.decoding)
         is_open = decoding.reasons[0] is None
         try:
@@ -119,7 +131,7 @@ class OutputProcessor:
         except Exception as error:  # noqa: BLE001 (a user's stopping criterion may raise anything)
             self._finish(request, "error", error)
             return
-        self._note(request, now, len(request.rows))
+        self._note(request, len(request.rows))
         try:
             if is_open:
                 request.handle._push(tokens[0])
@@ -139,7 +151,7 @@ class OutputProcessor:
                 request.rows.remove(row)
         self._scheduler.shrink(request)
 
-    def _turn(self, request: Request, logits: torch.Tensor, now: float) -> None:
+    def _turn(self, request: Request, logits: torch.Tensor) -> None:
         search = cast(BeamSearch, request.decoding)
         try:
             turn = search.advance(logits)
@@ -152,12 +164,13 @@ class OutputProcessor:
                 search.accept(turn, self._memory.select(search.rows, turn.parents))
             finally:  # wherever an interrupt comes, both have the same rows
                 request.rows = list(search.rows)
-        self._note(request, now, search.num_rows)
+        self._note(request, search.num_rows)
         if turn is None:
             self._finish(request, search.reasons[0] or "stop", None)
 
-    def _note(self, request: Request, now: float, count: int) -> None:
+    def _note(self, request: Request, count: int) -> None:
         self.num_generated += count
+        now = self._clock()
         if self._reports.observers:
             self._reports.generated(request, count, now)
         request.last_token_time = now

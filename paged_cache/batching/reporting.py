@@ -3,8 +3,11 @@
 import logging
 import threading
 from collections import deque
+from collections.abc import Iterator
+from typing import TypeAlias
 
 from .events import Event, Finished, Generated, Idle, Observer, Preempted, Prefilled, Queued, Scheduled, StepDone
+from .handle import RequestHandle
 from .output import RequestOutput
 from .plan import StepPlan
 from .pool_memory import PoolMemory
@@ -13,25 +16,31 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger("paged_cache")
 
+Ending: TypeAlias = tuple[RequestHandle, RequestOutput]
+"""A handle that is to end, and with what."""
+
 
 class Reports:
     """Who observes an engine, and what they have not heard yet.
 
     The engine asks `if reports.observers` and calls the methods below only then: with nobody there, nothing is done.
-    Observers hear of events in order, one at a time, outside of the engine's locks, from the thread that did the step.
+    Observers hear of events in order, one at a time, outside of the engine's locks, from the thread that did the step. A
+    request's handle comes to its end when they have heard of it, so that whoever has a result finds it in their books.
 
     Args:
         scheduler, memory: Looked at for `StepDone`.
 
     Attributes:
         observers: Those that are called.
-        untold: What they have not heard yet.
+        untold: What they have not heard yet: events, those who are still to hear of each, and handles that end with them.
+        endings: What they have heard of and has not ended yet.
     """
 
     def __init__(self, scheduler: Scheduler, memory: PoolMemory) -> None:
         self._scheduler, self._memory = scheduler, memory
         self.observers: tuple[Observer, ...] = ()
-        self.untold: deque[Event] = deque()
+        self.untold: deque[tuple[Event, Iterator[Observer], Ending | None]] = deque()
+        self.endings: deque[Ending] = deque()
         self._changing, self._telling = threading.Lock(), threading.Lock()
         self._teller: int | None = None
         self._clear()
@@ -42,30 +51,66 @@ class Reports:
             self.observers = (*self.observers, observer)
 
     def remove(self, observer: Observer) -> None:
-        """Calls `observer` no more."""
+        """Calls `observer`, or what equals it as bound methods do, no more."""
         with self._changing:
-            self.observers = tuple(other for other in self.observers if other is not observer)
+            self.observers = tuple(other for other in self.observers if other != observer)
 
     @property
     def is_telling(self) -> bool:
         """Whether this was called by an observer."""
         return self._teller == threading.get_ident()
 
-    def tell(self) -> None:
-        """Hands out what is untold; returns when that is done, whoever does it. Nothing if an observer calls this."""
-        if not self.untold or self.is_telling:
+    @property
+    def is_busy(self) -> bool:
+        """Whether observers are being told."""
+        return self._telling.locked()
+
+    def tell(self, wait: bool) -> None:
+        """Hands out what is untold and ends handles. Nothing if an observer calls this.
+
+        Args:
+            wait: Until that is done, whoever does it; False to leave it to the thread that is at it, if one is.
+
+        Raises:
+            KeyboardInterrupt: Or whatever else of an observer is no `Exception`: what is left waits for the next time.
+        """
+        if self.is_telling:
             return
-        with self._telling:
+        while (self.untold or self.endings) and self._telling.acquire(blocking=wait):
             self._teller = threading.get_ident()
             try:
-                while self.untold:
-                    try:
-                        for observer in self.observers:
-                            self._call(observer, self.untold[0])
-                    finally:
-                        self.untold.popleft()
+                self._hand_out()
             finally:
                 self._teller = None
+                self._telling.release()
+
+    def end_heard(self) -> None:
+        """An observer may have the result of what it hears the end of; nothing if anybody else calls this."""
+        if self.is_telling:
+            if self.untold and self.untold[0][2] is not None:
+                self.endings.append(self.untold[0][2])
+            self._end_told()
+
+    def _hand_out(self) -> None:
+        """What is untold. Handles end behind the step that they ended in, which counts their last tokens."""
+        while self.untold:
+            event, ears, ending = self.untold[0]
+            for observer in ears:  # who was interrupted has heard of it, the others go on from here
+                if observer in self.observers:
+                    self._call(observer, event)
+            if ending is not None:
+                self.endings.append(ending)
+            self.untold.popleft()
+            if isinstance(event, StepDone):
+                self._end_told()
+        self._end_told()
+
+    def _end_told(self) -> None:
+        while self.endings:
+            handle, output = self.endings[0]
+            if not handle.done:
+                handle._finish(output)
+            self.endings.popleft()
 
     def _call(self, observer: Observer, event: Event) -> None:
         try:
@@ -74,10 +119,13 @@ class Reports:
             logger.exception("observer %r failed at %r and is called no more", observer, event)
             self.remove(observer)
 
+    def _note(self, event: Event, ending: Ending | None = None) -> None:
+        self.untold.append((event, iter(self.observers), ending))
+
     def queued(self, requests: list[Request]) -> None:
         """Requests wait for their turn."""
         for request in requests:
-            self.untold.append(
+            self._note(
                 Queued(
                     request.arrival_time,
                     request.request_id,
@@ -97,14 +145,14 @@ class Reports:
             is_first = request.first_token_time is None and not request.num_preemptions
             num_cached = sum(row.num_computed for row in request.rows)
             num_tokens = sum(row.num_tokens for row in request.rows)
-            self.untold.append(Scheduled(now, request.request_id, num_tokens, num_cached, is_first))
+            self._note(Scheduled(now, request.request_id, num_tokens, num_cached, is_first))
             if is_first:
                 request.num_prefilled = num_cached
                 self._num_cached += num_cached
 
     def preempted(self, request: Request, now: float) -> None:
         """A request lost its blocks."""
-        self.untold.append(Preempted(now, request.request_id, request.num_preemptions))
+        self._note(Preempted(now, request.request_id, request.num_preemptions))
 
     def computed(self, chunks: list[Chunk], start: float, now: float) -> None:
         """A forward came to its end; the tokens are not chosen yet."""
@@ -122,7 +170,7 @@ class Reports:
         self._num_rows += len(chunks)
         for name, (request, position, count) in prefills.items():
             is_again = request.first_token_time is not None
-            self.untold.append(Prefilled(now, name, start, position, count, is_again))
+            self._note(Prefilled(now, name, start, position, count, is_again))
 
     def generated(self, request: Request, num_tokens: int, now: float) -> None:
         """Tokens of a request are chosen; its times are still those of before."""
@@ -130,12 +178,12 @@ class Reports:
         before = request.last_token_time
         seconds = now - (request.arrival_time if before is None else before)
         self._num_generated += num_tokens
-        self.untold.append(Generated(now, request.request_id, num_tokens, is_first, seconds))
+        self._note(Generated(now, request.request_id, num_tokens, is_first, seconds))
 
     def finished(self, request: Request, output: RequestOutput, now: float) -> None:
-        """A request is over."""
+        """A request is over; its handle is when observers have heard of it."""
         error = output.error
-        self.untold.append(
+        self._note(
             Finished(
                 now,
                 request.request_id,
@@ -148,12 +196,18 @@ class Reports:
                 request.max_new_tokens,
                 output.metrics,
                 (request.last_token_time or 0.0) - (request.first_token_time or 0.0),
-            )
+            ),
+            (request.handle, output),
         )
+
+    @property
+    def has_computed(self) -> bool:
+        """Whether tokens were computed since the last step came to its end."""
+        return self._num_tokens > 0
 
     def step_done(self, start: float, now: float) -> None:
         """A step came to its end."""
-        self.untold.append(
+        self._note(
             StepDone(
                 now,
                 start,
@@ -173,7 +227,7 @@ class Reports:
     def idle(self, now: float) -> None:
         """There is nothing to do."""
         memory = self._memory
-        self.untold.append(Idle(now, memory.num_blocks - memory.num_free, memory.num_blocks))
+        self._note(Idle(now, memory.num_blocks - memory.num_free, memory.num_blocks))
 
     def _clear(self) -> None:
         """The next step begins."""

@@ -7,6 +7,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from paged_cache import InvalidRequestError, OutOfBlocksError, PagedCache
 from paged_cache.batching import engine as engine_module
+from paged_cache.batching.budget import RECOVERY_STEPS
 from paged_cache.batching.policy import Policy
 from tests.batching.alone import alone, prompt, tiny
 from tests.batching.faults import (
@@ -167,7 +168,7 @@ def test_budget_recovers():
         with failing(tiny("llama"), lambda n, _: n == 1, OutOfMemory):
             run(batcher, submit_all(batcher, [prompt(64, 1)]))
         assert sizes[:3] == [64, 32, 32]
-        run(batcher, submit_all(batcher, [prompt(5, 2)], max_new_tokens=2 * engine_module.RECOVERY_STEPS))
+        run(batcher, submit_all(batcher, [prompt(5, 2)], max_new_tokens=2 * RECOVERY_STEPS))
         sizes.clear()
         run(batcher, submit_all(batcher, [prompt(64, 3)]))
         assert sizes[0] == 64

@@ -4,11 +4,14 @@ import asyncio
 import logging
 import sys
 import threading
+import time
 from itertools import pairwise
 
 import pytest
 
 from paged_cache import AsyncContinuousBatcher, InvalidRequestError, PagedCacheError
+from paged_cache.batching.options import RequestOptions
+from paged_cache.batching.policy import Policy
 from paged_cache.batching.reporting import Reports
 from paged_cache.observability import (
     ChromeTrace,
@@ -22,9 +25,20 @@ from paged_cache.observability import (
     StepDone,
 )
 from tests.batching.alone import prompt, tiny
-from tests.batching.faults import GREEDY, PATIENCE, PROMPTS, batching, expected, run, submit_all, tokens, wait_for
+from tests.batching.faults import (
+    GREEDY,
+    PATIENCE,
+    PROMPTS,
+    batching,
+    expected,
+    in_threads,
+    run,
+    submit_all,
+    tokens,
+    wait_for,
+)
 from tests.models import poisoned_pool
-from tests.observability.runs import Clock, of_kind, run_to_every_end, run_with_preemptions
+from tests.observability.runs import Clock, Failing, of_kind, run_to_every_end, run_with_preemptions
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -215,7 +229,7 @@ def test_observers_may_submit_and_cancel_but_not_wait():
             if type(event) is Generated and event.request_id == "first" and not more:
                 more.append(batcher.submit(PROMPTS[1], **GREEDY))
                 victim.cancel()
-                assert victim.done
+                assert not batcher._loop.is_under_way(victim.request_id)
                 for wait in (batcher.step, more[0].result, batcher.close):
                     with pytest.raises(PagedCacheError) as error:
                         wait()
@@ -233,12 +247,12 @@ def test_observers_may_submit_and_cancel_but_not_wait():
 
 
 def test_no_lock_is_held():
-    """While an observer takes its time, other threads hand requests in and cancel them."""
-    told, released = threading.Event(), threading.Event()
+    """While an observer takes its time, other threads hand requests in, cancel them, and hear that they are rejected."""
+    told, released, is_released = threading.Event(), threading.Event(), []
 
     def slow(event):
         told.set()
-        released.wait(PATIENCE)
+        is_released.append(released.wait(5))
 
     with batching(observers=[slow]) as batcher:
         batcher.submit(PROMPTS[0], **GREEDY)
@@ -246,39 +260,249 @@ def test_no_lock_is_held():
         stepper.start()
         assert told.wait(PATIENCE)
         assert not batcher._loop._stepping.locked()
-        assert batcher.submit(PROMPTS[1], **GREEDY).done is False
+        handle = batcher.submit(PROMPTS[1], **GREEDY)
         assert batcher.stats().num_waiting == 1
+        handle.cancel()
+        rejected = batcher.submit(PROMPTS[1], **{**GREEDY, "max_new_tokens": 5000})
+        assert not released.is_set()
+        assert batcher.stats().num_waiting == 0
+        with pytest.raises(TimeoutError):
+            handle.result(timeout=0.01)  # not before observers know
         released.set()
+        assert handle.result(timeout=PATIENCE).finish_reason == "abort"
+        assert rejected.result(timeout=PATIENCE).finish_reason == "rejected"
         stepper.join(PATIENCE)
         run(batcher)
+    assert all(is_released), "nobody waited for the observer"
 
 
 def test_one_at_a_time_from_any_thread():
     """With several threads stepping, no observer is called twice at once, and every request's events are in order."""
-    busy, overlaps = threading.Lock(), []
+    busy, overlaps, calls = threading.Lock(), [], 0
 
     def alone(event):
+        nonlocal calls
         if not busy.acquire(blocking=False):
             overlaps.append(event)
             return
+        calls += 1
+        time.sleep(0.001)
         busy.release()
 
     with batching(observers=[alone]) as batcher:
         trace = batcher.observe(ChromeTrace())
-        threads = [
-            threading.Thread(target=lambda ids=ids: batcher.submit(ids, **GREEDY).result(timeout=PATIENCE))
-            for ids in PROMPTS
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
+        handles = submit_all(batcher)
+
+        def step():
+            while any(not handle.done for handle in handles):
+                batcher.step()
+
+        in_threads(step, step, step, step)
+    assert calls == len(trace) > 40
     assert not overlaps
     for event in of_kind(trace, Queued):
         events = trace.for_request(event.request_id)
         assert kinds(events)[0] is Queued
         assert kinds(events)[-1] is Finished
         assert [e.time for e in events] == sorted(e.time for e in events)
+
+
+@pytest.mark.parametrize("reason", ["length", "error", "abort"])
+def test_whoever_has_a_result_finds_it_told(reason):
+    """In asyncio, handle and listeners hear of the end behind all observers, who know the step that it came in as well."""
+    of, late = tiny("llama"), []
+
+    async def main():
+        async with AsyncContinuousBatcher(of, poisoned_pool(of)) as batcher:
+            trace = batcher.observe(ChromeTrace())
+            batcher.observe(lambda event: time.sleep(0.001))
+            for i in range(20):
+                streamer = Failing() if reason == "error" else None
+                options = {**GREEDY, "max_new_tokens": 2, "streamer": streamer, "request_id": f"r{i}"}
+                handle = await batcher.submit(PROMPTS[0], **options)
+                if reason == "abort":
+                    handle.cancel()
+                output = await handle.result()
+                assert output.finish_reason in (reason, "length")
+                events = trace.for_request(f"r{i}")
+                is_told = bool(events) and type(events[-1]) is Finished
+                steps = of_kind(trace, StepDone)
+                num_told = sum(step.num_generated_tokens for step in steps)
+                if not is_told or num_told < sum(event.num_tokens for event in of_kind(trace, Generated)):
+                    late.append(i)
+
+    asyncio.run(main())
+    assert not late
+
+
+def test_observer_may_have_the_result_of_what_ends():
+    """An observer that hears of an end asks the handle for the output."""
+    heard = []
+
+    def observer(event):
+        if type(event) is Finished:
+            heard.append(handle.result(timeout=0).finish_reason)
+
+    with batching(observers=[observer]) as batcher:
+        handle = batcher.submit(PROMPTS[0], **GREEDY)
+        run(batcher)
+    assert heard == ["length"]
+
+
+def test_interrupt_in_an_observer():
+    """Ctrl-C in one observer: the others hear of the event all the same, once, and no handle waits forever."""
+    interrupts = iter([Generated, StepDone, Finished])
+    following = next(interrupts)
+
+    def interrupted(event):
+        nonlocal following
+        if type(event) is following:
+            following = next(interrupts, None)
+            raise KeyboardInterrupt
+
+    with batching(observers=[interrupted]) as batcher:
+        trace = batcher.observe(ChromeTrace())
+        handles = submit_all(batcher, PROMPTS[:2])
+        outputs = run(batcher, handles)
+        stats = batcher.stats()
+    assert following is None, "all interrupts came"
+    assert tokens(outputs) == expected()[:2]
+    assert sum(event.num_tokens for event in of_kind(trace, Generated)) == stats.num_generated_tokens
+    assert len(of_kind(trace, StepDone)) == stats.num_steps
+    assert len(of_kind(trace, Finished)) == 2
+
+
+def test_interrupt_in_an_observer_of_a_thread():
+    """The batcher's thread tells the rest at once: who waits for the last request does not wait for another."""
+
+    def interrupted(event):
+        if type(event) is Finished:
+            raise KeyboardInterrupt
+
+    with batching(observers=[interrupted]) as batcher:
+        trace = batcher.observe(ChromeTrace())
+        batcher.start()
+        handle = batcher.submit(PROMPTS[0], **GREEDY)
+        assert handle.result(timeout=PATIENCE).finish_reason == "length"
+        assert len(of_kind(trace, Finished)) == 1
+
+
+def test_bound_methods_are_taken_back():
+    """`stop_observing(object.method)` is the same method of the same object, and not of one that merely looks alike."""
+
+    class Counting:
+        count = 0
+
+        def hear(self, event):
+            self.count += 1
+
+    gone, other = Counting(), Counting()
+    with batching(observers=[gone.hear, other.hear]) as batcher:
+        batcher.stop_observing(gone.hear)
+        run(batcher, submit_all(batcher, PROMPTS[:1]))
+    assert gone.count == 0
+    assert other.count > 0
+
+
+def test_what_comes_of_slow_choices():
+    """A processor that takes its time delays the first token and each one behind it, and not the forward."""
+
+    class Slow:
+        def __call__(self, ids, scores):
+            clock.now += 10
+            return scores
+
+    clock = Clock()
+    with batching(clock=clock) as batcher:
+        trace = batcher.observe(ChromeTrace())
+        handle = batcher.submit(PROMPTS[0], **GREEDY, logits_processor=[Slow()])
+        (output,) = run(batcher, [handle])
+    assert output.metrics.ttft >= 10
+    assert output.metrics.tpot >= 10
+    assert all(event.seconds >= 10 for event in of_kind(trace, Generated))
+    (prefilled,) = of_kind(trace, Prefilled)
+    assert prefilled.time - prefilled.start < 1
+    (finished,) = of_kind(trace, Finished)
+    assert finished.decode_time >= 50
+
+
+def test_beam_search_has_its_times():
+    """The time of a beam search's tokens is behind its turn as well."""
+
+    class Slow:
+        def __call__(self, ids, scores):
+            clock.now += 10
+            return scores
+
+    clock = Clock()
+    with batching(clock=clock, num_blocks=600) as batcher:
+        handle = batcher.submit(PROMPTS[0], **GREEDY, num_beams=2, logits_processor=[Slow()])
+        (output,) = run(batcher, [handle])
+    assert output.metrics.ttft >= 10
+
+
+def test_step_that_fails_behind_its_forward():
+    """What it computed is a step of its own, and not part of the next one."""
+
+    class Interrupting:
+        calls = 0
+
+        def __call__(self, ids, scores):
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return scores
+
+    with batching() as batcher:
+        trace = batcher.observe(ChromeTrace())
+        handle = batcher.submit(PROMPTS[1], **GREEDY, logits_processor=[Interrupting()])
+        (output,) = run(batcher, [handle])
+        stats = batcher.stats()
+    steps = of_kind(trace, StepDone)
+    assert output.generated_tokens == expected(PROMPTS[1])[0]
+    assert steps[0].num_tokens == 17
+    assert steps[0].num_generated_tokens == 0
+    assert steps[1].num_tokens <= 17
+    assert sum(step.num_tokens for step in steps) == stats.num_batched_tokens
+    assert sum(step.num_prompt_tokens for step in steps) == 17
+
+
+def test_name_that_is_under_way():
+    """A request that is rejected because another has its name is no end of that other one."""
+    with batching() as batcher:
+        trace = batcher.observe(ChromeTrace())
+        first = batcher.submit(PROMPTS[0], **GREEDY, request_id="same")
+        batcher.step()
+        second = batcher._intake.make(PROMPTS[1], RequestOptions(request_id="other"), None, GREEDY, batcher)
+        second.request_id = "same"  # two threads may come at once, and neither sees the other
+        assert batcher._intake.enter(second)
+        batcher.step()
+        assert second.handle.result(timeout=0).finish_reason == "rejected"
+        run(batcher, [first])
+    events = trace.for_request("same")
+    assert kinds(events).count(Queued) == kinds(events).count(Finished) == 1
+    assert type(events[-1]) is Finished
+    assert events[-1].finish_reason == "length"
+
+
+def test_interrupt_at_the_door():
+    """A policy that is interrupted is asked again; the request is queued once."""
+
+    class Interrupted(Policy):
+        calls = 0
+
+        def key(self, request, outlook):
+            self.calls += 1
+            if self.calls == 1:
+                raise KeyboardInterrupt
+            return 0.0
+
+    policy = Interrupted()
+    with batching(policy=policy) as batcher:
+        trace = batcher.observe(ChromeTrace())
+        run(batcher, submit_all(batcher, PROMPTS[:1]))
+    assert policy.calls == 2
+    assert len(of_kind(trace, Queued)) == 1
 
 
 def test_asyncio_and_idle():

@@ -55,8 +55,10 @@ def paged_attention(
         InvalidRequestError: Shapes do not fit each other, or `PAGED_CACHE_KERNEL` is no kernel.
     """
     is_plain = sinks is None and alibi_slopes is None and position_bias is None and key_scales is None
-    if is_plain and memo and REPEAT in memo and not torch.compiler.is_compiling():
-        repeated: torch.Tensor | None = memo[REPEAT](query, key_cache, value_cache)
+    if is_plain and memo and not torch.compiler.is_compiling():
+        repeat = memo.get((REPEAT, scale, window, chunk, softcap))
+        same = block_table, seq_lens, cu_seqlens_q, kv_starts, max_q_len
+        repeated: torch.Tensor | None = repeat(query, key_cache, value_cache, *same) if repeat is not None else None
         if repeated is not None:
             return repeated
     options = {

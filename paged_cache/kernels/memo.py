@@ -1,5 +1,5 @@
 """What kernels keep in the `memo` of a step."""
 
 REPEAT = "repeat"
-"""A function of `query`, `key_cache` and `value_cache` that does the last call again with these tensors if it was one of no
-other tensors, or returns None: layers of a step differ in nothing else."""
+"""With `scale`, `window`, `chunk` and `softcap` the key of a function that does the last such call again with another query,
+other keys and values; None if it was another call. It was one without sinks, biases and scales."""

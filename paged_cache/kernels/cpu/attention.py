@@ -1,5 +1,7 @@
 """Paged attention on CPU: what the compiled kernel takes, and how a call is cut for it."""
 
+import operator
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ E4M3_UNIT = 256.0  # see `simd_memory`
 _QUERY_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # index of record.QUERY_KINDS
 _NO_STRIDES = (0, 0, 0)
 MOST_RECENT = 64
-_recent: dict[Any, Launch] = {}
+_recent: OrderedDict[Any, Launch] = OrderedDict()
 
 
 def supports(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, **options: Any) -> str | None:
@@ -62,18 +64,21 @@ def paged_attention(
     """Causal attention through a block table; see `reference.paged_attention` for shapes and meaning.
 
     For tensors that `supports` takes. Compiles on the first call for a dtype of the cache. `memo` keeps the packed
-    arguments, so that further layers of a step are not checked and planned again; those of a step without chunks are
-    also kept for the next step with the same tables.
+    arguments, so that further layers of a step are not checked and planned again; those of one query per row are also
+    kept for further steps whose tables and lengths lie where they lay.
     """
     varying = query, key_cache, value_cache, sinks, alibi_slopes, position_bias, key_scales, value_scales
-    kind = None if memo is None else (scale, window, chunk, softcap, *map(_look, varying))
+    tables = block_table, seq_lens, cu_seqlens_q, kv_starts
+    kind = None
+    if memo is not None:
+        kind = scale, window, chunk, softcap, max_q_len, *map(_look, varying), *map(_address, tables)
     launch: Launch | None = None if memo is None else memo.get(kind)
     query = query if query.stride()[-1:] == (1,) else query.contiguous()
     # Each tensor that is made here has to live until the kernel has run.
     sinks, alibi_slopes, position_bias = _float32(sinks), _float32(alibi_slopes), _float32(position_bias)
     place = None
     if launch is None and memo is not None and query.shape[2] == 1 and cu_seqlens_q is None and kv_starts is None:
-        place = kind, block_table.data_ptr(), _look(block_table), seq_lens.data_ptr(), num_threads()
+        place = kind, _look(block_table), _look(seq_lens), num_threads()
         launch = _recent.get(place)
         memo[kind] = launch
     if launch is None or not launch.is_ours:
@@ -87,10 +92,10 @@ def paged_attention(
         launch = _prepare(query, key_cache, value_cache, block_table, seq_lens, scale=scale, **options)
         if memo is not None:
             memo[kind] = launch
-        if place is not None and launch.kept[0] is block_table and launch.kept[1] is seq_lens:
+        if place is not None and not launch.copies:  # what was copied may change behind the copy
             _remember(place, launch)
     if memo is not None and all(x is None for x in varying[3:]):
-        memo[REPEAT] = Repeat(launch, *varying[:3])
+        memo[REPEAT, scale, window, chunk, softcap] = Repeat(launch, varying[:3], (*tables, max_q_len))
     rows, num_heads, q_len, _ = query.shape
     out = query.new_empty((rows, q_len, num_heads, value_cache.shape[3]))
     launch.run(
@@ -101,20 +106,27 @@ def paged_attention(
 
 
 class Repeat:
-    """A call with tensors like those of the last one, without sinks, biases and scales: nothing else is looked at again."""
+    """The last call again, with other queries, keys and values of the same kind: nothing is looked up or packed anew.
 
-    def __init__(self, launch: Launch, *tensors: torch.Tensor) -> None:
+    Args:
+        launch: Of the last call, which had no sinks, biases and scales.
+        tensors: Its query, keys and values.
+        same: Its block table, lengths and so on, which have to be the same objects.
+    """
+
+    def __init__(self, launch: Launch, tensors: tuple[torch.Tensor, ...], same: tuple[Any, ...]) -> None:
         query, _, value_cache = tensors
-        self._launch, self._looks = launch, tuple(map(_look, tensors))
+        self._launch, self._looks, self._same = launch, tuple(map(_look, tensors)), same
         self._shape = (query.shape[0], query.shape[2], query.shape[1], value_cache.shape[3])
         self._is_plain = query.stride(3) == 1
 
-    def __call__(self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> torch.Tensor | None:
+    def __call__(
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *same: Any
+    ) -> torch.Tensor | None:
         """The result, or None if something is different this time."""
         is_like = self._looks == (_look(query), _look(key_cache), _look(value_cache))
-        if not (is_like and self._is_plain and self._launch.is_ours) or (
-            query.requires_grad and torch.is_grad_enabled()
-        ):
+        is_ours = self._is_plain and self._launch.is_ours and all(map(operator.is_, same, self._same))
+        if not (is_like and is_ours) or (query.requires_grad and torch.is_grad_enabled()):
             return None
         out = query.new_empty(self._shape)
         addresses = query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr()
@@ -123,10 +135,10 @@ class Repeat:
 
 
 def _remember(place: Any, launch: Launch) -> None:
-    """For steps to come: while a launch is kept, so are its tensors, and no others have their addresses."""
-    if len(_recent) >= MOST_RECENT:
-        _recent.clear()
+    """For calls to come whose tensors lie in the same places; nothing is kept alive by it."""
     _recent[place] = launch
+    if len(_recent) > MOST_RECENT:
+        _recent.popitem(last=False)
 
 
 def _look(x: torch.Tensor | None) -> Any:
@@ -157,9 +169,9 @@ def _prepare(
     num_heads, num_tokens, dim = query.shape[1:]
     block_size, num_kv_heads, v_dim = value_cache.shape[1:]
     batch, width = block_table.shape
-    kept = block_table, seq_lens, cu_seqlens_q, kv_starts = tuple(
-        map(_int32, (block_table, seq_lens, cu_seqlens_q, kv_starts))
-    )
+    given = block_table, seq_lens, cu_seqlens_q, kv_starts
+    block_table, seq_lens, cu_seqlens_q, kv_starts = read = tuple(map(_int32, given))
+    copies = [x for x, original in zip(read, given, strict=True) if x is not original]
     kv_len, element = width * block_size, key_cache.element_size()
     if max_q_len is None:
         max_q_len, num_tokens = num_tokens, batch * num_tokens
@@ -179,7 +191,7 @@ def _prepare(
         block_table.stride(0), width, window or 0, chunk or 0, _QUERY_KINDS[query.dtype], rows_q, heads, rows, element,
         scale, softcap or 0.0, E4M3_UNIT if key_cache.dtype is torch.float8_e4m3fn else 1.0,
     )  # fmt: skip
-    return Launch(key_cache.dtype, threads, memory, rest, kept)
+    return Launch(key_cache.dtype, threads, memory, rest, copies)
 
 
 def _plan(

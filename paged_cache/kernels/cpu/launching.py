@@ -10,6 +10,7 @@ import logging
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,14 @@ class Launch:
         num_threads: That work together.
         workspace: What they work with.
         rest: The record without counters and varying addresses.
-        kept: Tensors that `rest` has addresses of.
+        copies: Tensors that `rest` has addresses of and that nobody else keeps.
     """
 
     def __init__(
-        self, dtype: torch.dtype, num_threads: int, workspace: Workspace, rest: tuple[float, ...], kept: Any
+        self, dtype: torch.dtype, num_threads: int, workspace: Workspace, rest: tuple[float, ...], copies: list[Any]
     ) -> None:
         self._worker, self._num_threads = _compile(dtype), num_threads
-        self._workspace, self.kept = workspace, kept
+        self._workspace, self.copies = weakref.ref(workspace), copies
         self._record = ctypes.create_string_buffer(record.CALL.itemsize)
         self._address = ctypes.addressof(self._record)
         _PACK_REST(self._record, _ADDRESSES.size, *rest)
@@ -92,7 +93,7 @@ class Launch:
     @property
     def is_ours(self) -> bool:
         """Whether its workspace is that of the Python thread that asks."""
-        return self._workspace is _threads.workspace
+        return self._workspace() is _threads.workspace
 
     def run(self, *addresses: int) -> None:
         """Computes a call, with addresses in the order of `record.VARYING`."""

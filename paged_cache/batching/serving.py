@@ -87,12 +87,13 @@ def limits_for(device_type: str, given: dict[str, int | None]) -> dict[str, int]
     return {name: default if given[name] is None else given[name] for name, default in defaults.items()}  # type: ignore[misc]
 
 
-def require_observers(observers: Iterable[Observer]) -> list[Observer]:
+def require_observers(observers: Iterable[Observer] | None) -> list[Observer]:
     """A list of them.
 
     Raises:
         InvalidRequestError: One cannot be called, or they are no list.
     """
+    observers = () if observers is None else observers
     if not isinstance(observers, Iterable):
         raise InvalidRequestError(f"observers={observers!r:.100}: a list is needed.")
     found = list(observers)

@@ -1,6 +1,6 @@
 """`bench decode`: a decode step of a patched model with `PagedCache` against the same model with transformers' caches.
 
-`step_ms` is the whole forward of one new token per row; `layer_ms` the time from the call of `cache.update` to the result
+`step_ms` is the whole forward of one new token per row, with the inputs of `generate` and a prefix index; `layer_ms` the time from the call of `cache.update` to the result
 of the attention, per layer. The blocks lie in random order. All caches hold the same random tokens and take their steps in turns;
 all outputs are compared in every round.
 """

@@ -136,13 +136,12 @@ def candidates(model: Any, workload: Workload, peers: list[str]) -> list[Candida
     static = StaticCache(config=config, max_cache_len=workload.max_tokens) if "static" in peers else None
     size = BLOCK_SIZES.get(model.device.type, 16)
     num_blocks = len(workload.prompts) * -(-workload.max_tokens // size)
-    # Prompts are the same in all rounds, and nobody else remembers them.
-    pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=size, prefix_caching=False)
+    pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=size)
     total = workload.num_prompt_tokens + workload.num_new_tokens
     batcher = Ours(model, "fcfs", room=1.25, block_size=size)
     found: list[Candidate] = [
         Generate(DYNAMIC, model, workload, lambda: nullcontext(DynamicCache(config=config)), agreement),
-        Generate(PAGED, model, workload, lambda: PagedCache(pool), agreement),
+        Generate(PAGED, model, workload, lambda: _forgetful(pool), agreement),
         Serve(BATCHER, batcher, workload, agreement),
     ]
     if static is not None:
@@ -217,6 +216,12 @@ class Serve:
 def _sample(tokens: list[list[int]], seconds: float, ttft: float, tpot: float, agreement: Agreement) -> Sample:
     times = {"latency_s": seconds, "ttft_ms": 1e3 * ttft, "tpot_ms": 1e3 * tpot}
     return Sample(tokens, times | {"equal_percent": agreement.percent(tokens)})
+
+
+def _forgetful(pool: BlockPool) -> PagedCache:
+    """On a pool that keeps prefixes, as by default, but none of an earlier round: prompts are the same in all rounds."""
+    pool.clear_prefix_cache()
+    return PagedCache(pool)
 
 
 def _emptied(cache: StaticCache) -> AbstractContextManager[StaticCache]:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from .. import BlockPool, PagedCache, patch
+from ..forward import begin_forward
 from . import models
 from .clocks import clock_of
 
@@ -38,17 +39,19 @@ def make_model(name: str, device: str, dtype: str, seed: int) -> Any:
 
 
 class Stepper:
-    """A model, a cache, and the times of its steps.
+    """A model, a cache, and the times of its steps. The model is called as `generate` calls it: with positions and a mask.
 
     Attributes:
+        length: Tokens in the cache, per row.
         steps, layers: Seconds, one number per step. Of layers there are none where a graph hides them.
     """
 
-    def __init__(self, name: str, model: Any, cache: Any, batch_size: int, forward: Any = None) -> None:
-        self.name, self.cache, self.batch_size = name, cache, batch_size
+    def __init__(self, name: str, model: Any, cache: Any, batch_size: int, length: int, forward: Any = None) -> None:
+        self.name, self.cache, self.batch_size, self.length = name, cache, batch_size, length
         self.device = str(model.device)
         self.steps, self.layers = list[float](), list[float]()
         self._forward, self._clock = forward or model, clock_of(self.device)
+        self._is_compiled = forward is not None
         self._marks: list[Any] = []
         self._update = cache.update
         if forward is None:
@@ -56,12 +59,14 @@ class Stepper:
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """One token per row, timed: outputs of all rows."""
+        inputs = self._inputs(ids)
         self._marks.clear()
         self._clock.wait()
         start = time.perf_counter()
-        output = self._forward(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        output = self._forward(**inputs, past_key_values=self.cache, use_cache=True).logits
         self._clock.wait()
         self.steps.append(time.perf_counter() - start)
+        self.length += 1
         if self._marks:
             pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
             self.layers.append(sum(self._clock.seconds(*pair) for pair in pairs) / len(pairs))
@@ -69,12 +74,20 @@ class Stepper:
 
     def crop(self, num_tokens: int) -> None:
         """Removes the last tokens."""
+        self.length -= num_tokens
         if not isinstance(self.cache, StaticCache):
             self.cache.crop(-num_tokens)
             return
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.cumulative_length.sub_(num_tokens)
+
+    def _inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of the next step. A graph gets no mask, whose shape would change with each step."""
+        if self._is_compiled:
+            return {"input_ids": ids}
+        mask = ids.new_ones(self.batch_size, self.length + 1)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.full_like(ids, self.length)}
 
     def _watch_layers(self, model: Any) -> None:
         self.cache.update = self._timed_update
@@ -91,20 +104,27 @@ class Stepper:
 
 
 def make_steppers(model: Any, batch_size: int, context: int, compiles: bool = True) -> list[Stepper]:
-    """The reference first, then ours and the other peers; all caches hold the same random tokens."""
+    """The reference first, then ours and the other peers; all caches hold the same random tokens.
+
+    Ours knows their ids, as after a prompt of `generate`: each step adds its tokens to the prefix index.
+    """
     config, length = model.config, context + GROWTH
     paged = with_same_weights(model)
     patch(paged)
+    cache = PagedCache(shuffled_pool(paged, batch_size, length))
     pairs: list[tuple[str, Any, Any]] = [
         (DYNAMIC, with_same_weights(model), DynamicCache(config=config)),
-        (PAGED, paged, PagedCache(shuffled_pool(paged, batch_size, length))),
+        (PAGED, paged, cache),
         (STATIC, with_same_weights(model), StaticCache(config=config, max_cache_len=length)),
     ]
     if compiles and model.device.type == "cuda":
         pairs.append((COMPILED, with_same_weights(model), StaticCache(config=config, max_cache_len=length)))
+    ids = torch.randint(config.vocab_size, (batch_size, context), device=model.device)
+    begin_forward(paged, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, lazy=True)
     _fill([cache for *_, cache in pairs], model, batch_size, context)
+    cache._state.finish()
     return [
-        Stepper(name, own, cache, batch_size, _compiled(own) if name == COMPILED else None)
+        Stepper(name, own, cache, batch_size, context, _compiled(own) if name == COMPILED else None)
         for name, own, cache in pairs
     ]
 

@@ -69,6 +69,25 @@ def test_caches_stay_as_long_as_the_context(layers):
 
 
 @torch.no_grad()
+def test_steps_with_a_paged_cache_are_those_of_generate(layers, monkeypatch):
+    """Each takes the path of a decoding step with known tokens, and blocks that it fills can be found by later prompts."""
+    steps = race(layers)
+    pool = steps.steppers["paged"].cache.pool
+    manager, appended = pool.manager, []
+    append = manager.append
+    monkeypatch.setattr(manager, "append", lambda rows, tokens: appended.append(tokens) or append(rows, tokens))
+    before = len(manager.index)
+    given = []
+    for _ in range(9):
+        given.append(steps._ids.flatten().tolist())
+        steps.round()
+
+    assert before == 2 * (40 // 16)
+    assert appended == given
+    assert len(manager.index) == 2 * (48 // 16)
+
+
+@torch.no_grad()
 def test_steppers_share_their_weights(layers):
     """Three candidates do not need three times the memory, and the model itself stays unpatched."""
     first, *others = (stepper._forward for stepper in stepping.make_steppers(layers, 1, 8))
@@ -167,8 +186,10 @@ def test_prompts_are_not_remembered():
     model.register_forward_pre_hook(lambda *call: lengths.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
     paged.run()
     paged.run()
+    pool = paged.make_cache().pool
 
     assert lengths == [64, 1, 64, 1]
+    assert pool.manager.prefix_caching
 
 
 def test_wrong_tokens_have_no_times(monkeypatch):

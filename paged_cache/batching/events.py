@@ -114,7 +114,7 @@ class Finished(RequestEvent):
         error: What went wrong, as text; None if nothing did.
         num_prompt_tokens, num_cached_tokens: Of the prompt, and those of it that the pool had.
         num_generated_tokens: Of all returned sequences.
-        num_sequences: Returned sequences.
+        num_sequences: Sequences that its caller asked for.
         max_new_tokens: As allowed, per sequence.
         metrics: Its times.
         decode_time: Seconds from its first token to its last; 0 without any.

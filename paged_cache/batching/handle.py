@@ -79,7 +79,8 @@ class RequestHandle:
         """Ends the request with finish reason "abort", unless it is over. It keeps the tokens it has.
 
         Args:
-            wait: Until it is over. With False it ends in the next step: nothing is locked, so that finalizers may do it.
+            wait: Until it is over; observers, if there are any, hear of it before it is `done`. With False it ends in the next
+                step: nothing is locked, so that finalizers may do it.
         """
         if self._output is None:  # later requests may have its id
             self._cancel(self.request_id, wait)

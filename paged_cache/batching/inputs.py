@@ -74,6 +74,7 @@ class InputProcessor:
             prompt_ids=decoding.prompt_ids,
             max_new_tokens=decoding.max_new_tokens,
             num_rows=decoding.num_rows,
+            num_return_sequences=prepared.config.num_return_sequences or 1,
             cache_salt=options.cache_salt,
             asked_adapter=options.adapter_name,
             tenant=options.tenant if options.adapter_name is None else (options.adapter_name, options.tenant),

@@ -182,7 +182,7 @@ class Reports:
 
     def finished(self, request: Request, output: RequestOutput, now: float) -> None:
         """A request is over; its handle is when observers have heard of it."""
-        error = output.error
+        error, num_sequences = output.error, request.num_return_sequences
         self._note(
             Finished(
                 now,
@@ -191,8 +191,8 @@ class Reports:
                 None if error is None else f"{type(error).__name__}: {error}",
                 len(output.prompt_ids),
                 output.cached_tokens,
-                sum(map(len, output.sequences)),
-                len(output.sequences) or request.num_rows,
+                sum(map(len, output.sequences[:num_sequences])),  # a beam search that goes on has all beams
+                num_sequences,
                 request.max_new_tokens,
                 output.metrics,
                 (request.last_token_time or 0.0) - (request.first_token_time or 0.0),

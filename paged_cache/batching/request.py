@@ -102,6 +102,7 @@ class Request:
         handle: What its caller holds; the engine's.
         first_token_time, last_token_time: On the batcher's clock.
         num_prefilled: Tokens of the prompt that were cached or computed at least once, as far as anybody observes that.
+        num_return_sequences: Sequences that its caller gets; fewer than rows if there are more beams.
         held: By the id of a row: logits that wait for those of its sisters.
         predicted_tokens, work: What the scheduler expected at arrival: tokens, and seconds of a slot's time.
     """
@@ -130,6 +131,7 @@ class Request:
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_prefilled: int = 0
+    num_return_sequences: int = 1
     held: dict[int, Any] = field(default_factory=dict)
     predicted_tokens: float = 0.0
     work: float = 0.0

@@ -12,7 +12,7 @@ logger = logging.getLogger("paged_cache")
 INTERVAL = 5.0
 RECENT_REQUESTS = 1000
 LINE = (
-    "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
+    "%sAvg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
     "Running: %d reqs, Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%"
 )
 
@@ -43,9 +43,11 @@ class StatsLogger:
 
     Args:
         interval: Seconds between two lines.
+        name: Goes in front of each line, `name: ...`, where several batchers log.
     """
 
-    def __init__(self, interval: float = INTERVAL) -> None:
+    def __init__(self, interval: float = INTERVAL, name: str | None = None) -> None:
+        self._name = "" if name is None else f"{name}: "
         self._interval = log_interval(interval) or INTERVAL
         self._recent: deque[tuple[int, int]] = deque(maxlen=RECENT_REQUESTS)
         self._since: float | None = None
@@ -91,6 +93,7 @@ class StatsLogger:
         logger.log(
             logging.INFO if is_busy or self._was_busy else logging.DEBUG,
             LINE,
+            self._name,
             self._num_prompt / seconds,
             self._num_generated / seconds,
             running,

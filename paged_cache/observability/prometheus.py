@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..adapters import BASE
 from ..batching.asynchronous import AsyncContinuousBatcher
 from ..batching.batcher import ContinuousBatcher
 from ..batching.events import Event, Finished, Preempted, Queued, Scheduled, StepDone
@@ -28,7 +29,7 @@ class PrometheusMetrics:
 
     Names, types, labels and buckets are vLLM's, so that dashboards for vLLM work. What the batcher counts anyway (requests,
     tokens generated, preemptions, the pool) is read when Prometheus asks and counts from the batcher's beginning; histograms
-    and prompt tokens are filled by an observer and count from now on. Metrics go when the batcher is garbage, or by `close`.
+    and prompt tokens are filled by an observer and count from now on. Metrics go with the batcher's end, or by `close`.
 
     Args:
         batcher: To show; None for a pool that is used without one.
@@ -36,7 +37,7 @@ class PrometheusMetrics:
         registry: Where to register; prometheus_client's default if None.
         model_name: Label of that name; the model's own by default.
         engine: Label of that name, which tells several batchers in one registry apart.
-        prefix: Of the names.
+        prefix: Of the names that are vLLM's; it tells nobody apart, as there are names without it.
 
     Raises:
         InvalidRequestError: Neither or both of batcher and pool, or the registry has these labels already.
@@ -71,12 +72,15 @@ class PrometheusMetrics:
     @property
     def names(self) -> tuple[str, ...]:
         """What tells it apart from others in one registry."""
-        return self._prefix, *self.labels.values()
+        return tuple(self.labels.values())
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to show any more."""
-        return self._pool() is None or (self._batcher is not None and self._batcher() is None)
+        if self._batcher is None:
+            return self._pool() is None
+        batcher = self._batcher()
+        return batcher is None or batcher._loop.is_over
 
     def close(self) -> None:
         """Takes the metrics out of the registry and observes no more."""
@@ -92,7 +96,7 @@ class PrometheusMetrics:
             case StepDone():
                 self._num_prompt += event.num_prompt_tokens + event.num_cached_tokens
                 self._num_cached += event.num_cached_tokens
-            case Queued() if event.adapter_name is not None:
+            case Queued() if event.adapter_name not in (None, BASE):
                 self._adapters[event.request_id] = event.adapter_name, False
             case Scheduled() | Preempted() if event.request_id in self._adapters:
                 name, _ = self._adapters[event.request_id]
@@ -117,7 +121,7 @@ class PrometheusMetrics:
         families.counter(name + "prefix_cache_queries", _QUERIES, stats.prefix_queries, self.labels)
         families.counter(name + "prefix_cache_hits", _HITS, stats.prefix_hits, self.labels)
         about = {
-            "engine": self.labels["engine"],
+            **self.labels,
             "block_size": pool.block_size,
             "num_gpu_blocks": pool.num_blocks,
             "cache_dtype": str(pool.kv_dtype).removeprefix("torch."),
@@ -151,6 +155,7 @@ class PrometheusMetrics:
         adapters = list(self._adapters.values())
         if adapters or stats.loaded_adapters or batcher.max_loras is not None:
             about = {
+                **self.labels,
                 "max_lora": batcher.max_loras or "",
                 "waiting_lora_adapters": ",".join(sorted({name for name, is_running in adapters if not is_running})),
                 "running_lora_adapters": ",".join(sorted({name for name, is_running in adapters if is_running})),

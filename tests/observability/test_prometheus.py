@@ -1,5 +1,6 @@
 """Metrics: what Prometheus reads is what the batcher, the pool and the outputs say, under vLLM's names."""
 
+import copy
 import gc
 import urllib.request
 
@@ -7,7 +8,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
-from paged_cache import AsyncContinuousBatcher, ContinuousBatcher, InvalidRequestError, PagedCache, patch
+from paged_cache import AsyncContinuousBatcher, BlockPool, ContinuousBatcher, InvalidRequestError, PagedCache, patch
 from paged_cache.batching.output import FINISH_REASONS
 from paged_cache.observability import PrometheusMetrics
 from paged_cache.observability.histograms import Histogram, length_buckets
@@ -86,7 +87,7 @@ def test_names_types_labels_and_buckets():
         assert family.type == kind, name
         for sample in family.samples:
             assert sample.labels["engine"] == "7"
-            assert sample.labels.get("model_name") == (None if name == "cache_config_info" else "m")
+            assert sample.labels["model_name"] == "m"
         if name in BUCKETS:
             bounds = [sample.labels["le"] for sample in family.samples if sample.name.endswith("_bucket")]
             assert bounds == BUCKETS[name].split(), name
@@ -212,6 +213,56 @@ def test_several_batchers_in_one_registry():
     second.close()
 
 
+def test_closed_batchers_are_over():
+    """`close` takes the series out, though the batcher is held, and its labels are free for the next one."""
+    registry, of = CollectorRegistry(), tiny("llama")
+    pool = poisoned_pool(of)
+    with ContinuousBatcher(of, pool) as first:
+        PrometheusMetrics(first, registry=registry)
+        assert scraped(registry)
+    assert not scraped(registry)
+    with ContinuousBatcher(of, pool) as second:
+        PrometheusMetrics(second, registry=registry)
+        assert scraped(registry)
+    assert not scraped(registry)
+
+
+def test_no_series_comes_twice():
+    """Batchers of different models and one engine, and pools, share a registry; another prefix tells nobody apart."""
+    registry, of = CollectorRegistry(), tiny("llama")
+    pool = poisoned_pool(of)
+    with ContinuousBatcher(of, pool, max_loras=2) as first, ContinuousBatcher(of, pool, max_loras=2) as second:
+        PrometheusMetrics(first, registry=registry, model_name="a")
+        PrometheusMetrics(second, registry=registry, model_name="b", prefix="mine:")
+        PrometheusMetrics(pool=pool, registry=registry, model_name="c")
+        PrometheusMetrics(second, registry=registry, model_name="d")
+        with pytest.raises(InvalidRequestError, match="model_name='a'"):
+            PrometheusMetrics(first, registry=registry, model_name="a", prefix="mine:")
+        text = generate_latest(registry).decode()
+    series = [line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")]
+    assert sum(name.startswith("vllm:lora_requests_info") for name in series) == 2
+    assert len(series) == len(set(series))
+
+
+def test_beams_are_not_returned_sequences():
+    """An aborted beam search counts the sequences that were asked for, and the tokens of those, as one that ends does."""
+    registry = CollectorRegistry()
+    with batching(num_blocks=600) as batcher:
+        PrometheusMetrics(batcher, registry=registry)
+        handle = batcher.submit(prompt(9), **GREEDY, num_beams=4, num_return_sequences=2)
+        batcher.step()
+        batcher.step()
+        assert batcher.stats().num_generated_tokens == 8
+        handle.cancel()
+        value = Scrape(registry)
+        assert (value("request_params_n_sum"), value("request_generation_tokens_sum")) == (2, 4)
+        early = batcher.submit(prompt(9), **GREEDY, num_beams=4)
+        early.cancel()
+        run(batcher, [batcher.submit(prompt(9), max_new_tokens=6, num_return_sequences=3, do_sample=True, seed=1)])
+        value = Scrape(registry)
+        assert (value("request_params_n_sum"), value("request_params_n_count")) == (2 + 1 + 3, 3)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"batcher": 3}, {"pool": "pool"}])
 def test_what_cannot_be_shown(arguments):
     """Neither, both, or something else: refused by name, and nothing is registered."""
@@ -254,20 +305,38 @@ def test_adapters():
     from paged_cache.batching.output import RequestMetrics
 
     registry = CollectorRegistry()
+    about = {"model_name": "m", "engine": "0", "max_lora": "2"}
     with batching(max_loras=2) as batcher:
-        metrics = PrometheusMetrics(batcher, registry=registry)
+        metrics = PrometheusMetrics(batcher, registry=registry, model_name="m")
         for name, adapter in (("1", "a"), ("2", "b"), ("3", "b"), ("4", None)):
             metrics(Queued(1.0, name, 5, 5, 1, 0, adapter))
         metrics(Scheduled(2.0, "1", 5, 0, True))
         metrics(Scheduled(2.0, "2", 5, 0, True))
         metrics(Scheduled(2.0, "4", 5, 0, True))
         (sample,) = scraped(registry)["vllm:lora_requests_info"].samples
-        assert sample.labels == {"max_lora": "2", "running_lora_adapters": "a,b", "waiting_lora_adapters": "b"}
+        assert sample.labels == {**about, "running_lora_adapters": "a,b", "waiting_lora_adapters": "b"}
         metrics(Preempted(3.0, "1", 1))
         metrics(Finished(3.0, "2", "stop", None, 5, 0, 5, 1, 5, RequestMetrics(1.0), 0.0))
         (sample,) = scraped(registry)["vllm:lora_requests_info"].samples
-        assert sample.labels == {"max_lora": "2", "running_lora_adapters": "", "waiting_lora_adapters": "a,b"}
+        assert sample.labels == {**about, "running_lora_adapters": "", "waiting_lora_adapters": "a,b"}
     with batching() as batcher:
         registry = CollectorRegistry()
         PrometheusMetrics(batcher, registry=registry)
         assert "vllm:lora_requests_info" not in scraped(registry)
+
+
+def test_base_is_no_adapter():
+    """Requests of a real peft model: those for "__base__" or the active adapters are no adapter's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    of = peft.get_peft_model(copy.deepcopy(tiny("llama")), config, adapter_name="x").eval()
+    registry = CollectorRegistry()
+    with ContinuousBatcher(of, BlockPool.for_model(of, num_blocks=100), max_num_seqs=2) as batcher:
+        PrometheusMetrics(batcher, registry=registry)
+        names = ["x", "__base__", "__base__"]
+        handles = [batcher.submit(PROMPTS[0], **GREEDY, adapter_name=name) for name in names]
+        batcher.step()
+        assert (batcher.stats().num_running, batcher.stats().num_waiting) == (2, 1)
+        (sample,) = scraped(registry)["vllm:lora_requests_info"].samples
+        assert (sample.labels["running_lora_adapters"], sample.labels["waiting_lora_adapters"]) == ("x", "")
+        run(batcher, handles)

@@ -78,6 +78,16 @@ def test_recomputed_tokens_do_not_count(lines):
     assert f"generation throughput: {(5 * 16 + 2) / 5.5:.1f} tokens/s" in line
 
 
+def test_names(lines, caplog):
+    """Lines of several batchers are told apart by the names that they were given; a name is no format."""
+    for name in ("chat", "100%s"):
+        StatsLogger(5.0, name=name)(step(0, 6, generated=60))
+    named = [r.getMessage() for r in caplog.records]
+    line = text("0.0", "10.0", 3, 2, "25.0", "0.0")
+    assert named == [f"chat: {line}", f"100%s: {line}"]
+    assert not lines()  # those without a name
+
+
 def test_levels(lines):
     """INFO while there are tokens and once more, DEBUG from the second idle interval on."""
     logger = StatsLogger(5.0)

@@ -1,8 +1,8 @@
 """`bench decode`: a decode step of a patched model with `PagedCache` against the same model with transformers' caches.
 
-`step_ms` is the whole forward of one new token per row, with the inputs of `generate` and a prefix index; `layer_ms` the time from the call of `cache.update` to the result
-of the attention, per layer. The blocks lie in random order. All caches hold the same random tokens and take their steps in turns;
-all outputs are compared in every round.
+`step_ms` is the whole forward of one new token per row, with the inputs of `generate` and a prefix index; `layer_ms` the
+time from the call of `cache.update` to the result of the attention, per layer. The blocks lie in random order. All caches
+hold the same random tokens and take their steps in turns; all outputs are compared in every round.
 """
 
 import gc
@@ -57,10 +57,6 @@ class Settings:
     memory: float | None = None
     compiles: bool = True
 
-    def quick(self) -> "Settings":
-        """Two small cases: does it run, do the outputs agree."""
-        return Settings(**{**asdict(self), "batch_sizes": (1, 2), "contexts": (128,), "seconds": 0.1})
-
     def room(self) -> int:
         """Bytes for caches."""
         if self.memory:
@@ -70,6 +66,8 @@ class Settings:
         return int(0.6 * free)
 
 
+QUICK: dict[str, Any] = {"batch_sizes": (1, 2), "contexts": (128,), "seconds": 0.1}
+"""Two small cases: does it run, do the outputs agree."""
 GOALS = [
     Goal("a step takes at most the time with DynamicCache", "step_ms", PAGED, DYNAMIC, at_most=1.0),
     Goal("8 x 8192: at most 0.35 of it", "step_ms", PAGED, DYNAMIC, at_most=0.35, case=EIGHT_LONG),

@@ -46,12 +46,12 @@ class Part:
         found = ["bench", *(self.rehearsal if is_rehearsal else self.command)]
         if self.has_budget:
             found += ["--budget", f"{max(LEAST, seconds - START_UP):.0f}"]
-        if self.has_model and not is_rehearsal:
-            found += ["--model", model, "--device", "cuda", "--dtype", "bfloat16"]
+        if self.has_model:
+            where = ["--device", "cpu"] if is_rehearsal else ["--device", "cuda", "--dtype", "bfloat16"]
+            found += ["--model", model, *where]
         return [*found, "--output-json", str(folder / f"{self.name}.json")]
 
 
-CPU = ("--model", "tiny", "--quick", "--device", "cpu")
 PARTS = (
     Part(
         "kernels_cuda",
@@ -65,19 +65,19 @@ PARTS = (
         "latency_cuda",
         2.0,
         ("latency", "--input-len", "1024", "--batch-size", "8", "--num-iters", "3", "--num-iters-warmup", "1"),
-        ("latency", *CPU),
+        ("latency", "--quick"),
     ),
     Part(
         "decode_cuda",
         2.0,
         ("decode", "--batch-sizes", "1,8,32", "--contexts", "128,2048,8192", "--seconds", "1", "--no-compile"),
-        ("decode", *CPU, "--no-compile"),
+        ("decode", "--quick", "--no-compile"),
     ),
     Part(
         "throughput_cuda",
         2.5,
         ("throughput", "--only", "padded,generate_batch,fcfs,sjf", "--shared-prefix-len", "0", "--rounds", "1"),
-        ("throughput", *CPU, "--only", "padded,fcfs"),
+        ("throughput", "--quick", "--only", "padded,fcfs"),
     ),
 )
 
@@ -95,7 +95,7 @@ class Outcome:
 def run(
     folder: Path,
     minutes: float,
-    model: str = "8b",
+    model: str | None = None,
     *,
     only: Sequence[str] = (),
     rehearse: bool = False,
@@ -107,7 +107,7 @@ def run(
     Args:
         folder: For a JSON file and a log per part. Files of earlier runs with these names are removed.
         minutes: For all of it.
-        model: As for `models.make_model`.
+        model: As for `models.make_model`; None for 8b, rehearsed tiny.
         only: Names of parts; empty for all.
         rehearse: Small and on the CPU.
         runner: Runs a command for at most so many seconds, its output goes to a file; returns the exit code, or None when
@@ -121,6 +121,7 @@ def run(
     if unknown:
         raise InvalidRequestError(f"there is no part {unknown[0]!r}, only {', '.join(part.name for part in PARTS)}.")
     folder.mkdir(parents=True, exist_ok=True)
+    usual = "tiny" if rehearse else "8b"
     parts = [part for part in PARTS if not only or part.name in only]
     end, outcomes = time.monotonic() + 60 * minutes, list[Outcome]()
     for number, part in enumerate(parts):
@@ -128,7 +129,7 @@ def run(
         share = part.weight / sum(other.weight for other in parts[number:])
         seconds = share * (end - time.monotonic())
         tick(f"{part.name}, {max(0.0, seconds):.0f} s at most")
-        outcomes.append(_run_part(part, model, seconds, folder, rehearse, runner or run_process))
+        outcomes.append(_run_part(part, model or usual, seconds, folder, rehearse, runner or run_process))
     if any(outcome.has_results for outcome in outcomes):
         write(folder, folder / "report.md")
     return outcomes

@@ -36,6 +36,8 @@ PEERS = {"static": STATIC, "generate_batch": TRANSFORMERS_BATCHES}
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 TITLE = "Latency of one batch"
+QUICK: dict[str, Any] = {"input_len": 8, "output_len": 8, "batch_size": 2, "num_iters": 2, "num_iters_warmup": 1}
+"""Few short rounds."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,6 @@ class Settings:
     threads: int | None = None
     seed: int = 0
     peers: Sequence[str] | None = None
-
-    def quick(self) -> "Settings":
-        """Few short rounds."""
-        small = {"input_len": 8, "output_len": 8, "batch_size": 2, "num_iters": 2, "num_iters_warmup": 1}
-        return Settings(**{**asdict(self), **small})
 
     def chosen(self) -> list[str]:
         """Names in `PEERS`.

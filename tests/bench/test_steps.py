@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from paged_cache.bench import decode, latency, startup, stepping
 from paged_cache.bench.measuring import WrongAnswerError
 from paged_cache.bench.results import Results
+from paged_cache.bench.scheduling import benchmark as scheduling
 from paged_cache.bench.serving.peers import GENERATE_BATCH
 from paged_cache.bench.workload import Workload
 from paged_cache.cli import app
@@ -194,7 +195,7 @@ def test_prompts_are_not_remembered():
 
 def test_wrong_tokens_have_no_times(monkeypatch):
     """In float32 ours raises; in bfloat16 equal tokens are counted instead."""
-    settings = latency.Settings(model="tiny", peers=()).quick()
+    settings = latency.Settings(model="tiny", peers=(), **latency.QUICK)
     run_rightly = latency.Serve.run
 
     def wrong(self):
@@ -252,6 +253,39 @@ def test_a_process_without_a_token_says_why():
     """The last line of its error, not a traceback of ours; plain generate is not allowed to fail either."""
     with pytest.raises(startup.StartError, match=r"code 1: .*no such thing"):
         startup._answer([sys.executable, "-c", "raise ValueError('no such thing')"])
+
+
+class StoppedError(Exception):
+    """Instead of a measurement."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "expected"),
+    [
+        ("decode --batch-sizes 4 --contexts 64", decode, {"batch_sizes": [4], "contexts": [64], "seconds": 0.1}),
+        ("decode --seconds 0", decode, {"batch_sizes": (1, 2), "contexts": (128,), "seconds": 0}),
+        ("latency --input-len 40 --batch-size 3", latency, {"input_len": 40, "batch_size": 3, "output_len": 8}),
+        ("latency --num-iters 5 --num-iters-warmup 0", latency, {"num_iters": 5, "num_iters_warmup": 0}),
+        ("startup --rounds 7", startup, {"rounds": 7}),
+        ("startup", startup, {"rounds": 2}),
+        ("scheduling --loads 0.5 --rounds 2", scheduling, {"loads": [0.5], "seeds": 2, "memory_loads": (1.1,)}),
+        ("scheduling --workloads mixed --num-prompts 30", scheduling, {"workloads": ["mixed"], "count": 30}),
+    ],
+)
+def test_quick_keeps_what_is_given(monkeypatch, arguments, module, expected):
+    """`--quick` fills in only what was not typed."""
+    seen = []
+
+    def stop(settings, *rest):
+        seen.append(settings)
+        raise StoppedError
+
+    monkeypatch.setattr(module, "run", stop)
+    command, *options = arguments.split()
+    done = CliRunner().invoke(app, ["bench", command, "--quick", *options])
+
+    assert isinstance(done.exception, StoppedError), done.output
+    assert {name: getattr(seen[0], name) for name in expected} == expected
 
 
 def test_options_that_cannot_be_are_refused(monkeypatch):

@@ -59,10 +59,16 @@ class Options:
         """Workloads and seeds."""
         return [(name, seed) for name in self.workloads for seed in range(self.seed, self.seed + self.seeds)]
 
-    def quick(self) -> "Options":
-        """A smoke test: few requests, two workloads."""
-        small = {"workloads": ("tenants", "mixed"), "loads": (1.0,), "memory_loads": (1.1,), "waiting": (1000, 10_000)}
-        return replace(self, **small, count=200, seeds=1)  # type: ignore[arg-type]
+
+QUICK: dict[str, Any] = {
+    "workloads": ("tenants", "mixed"),
+    "loads": (1.0,),
+    "memory_loads": (1.1,),
+    "waiting": (1000, 10_000),
+    "count": 200,
+    "seeds": 1,
+}
+"""A smoke test: few requests, two workloads."""
 
 
 def read_engine(slots: int, path: Path | None) -> Engine:

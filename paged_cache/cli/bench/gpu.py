@@ -14,7 +14,12 @@ NO_GPU = 2
 def gpu(
     output_dir: Annotated[Path, typer.Option(help="For a JSON file per part, logs and the report.")] = Path("out/gpu"),
     minutes: Annotated[float, typer.Option(min=0.1, help="For all of it; what does not fit is stopped.")] = 8.0,
-    model: Annotated[str, typer.Option(help="8b or 28m (random weights), an id on the hub, or a folder.")] = "8b",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="8b, 28m or tiny (random weights), an id on the hub, or a folder.", show_default="8b; rehearsed tiny"
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="kernels_cuda, latency_cuda, decode_cuda, throughput_cuda.")
     ] = None,

@@ -6,17 +6,26 @@ from typing import Annotated
 import typer
 
 from .shared import finish
-from .typed import picture_path, several, tick, typed
+from .typed import given, picture_path, several, tick, typed
 
 
 def scheduling(
     workloads: Annotated[list[str] | None, typer.Option(help="Names of workloads.", show_default="all")] = None,
     loads: Annotated[
-        str, typer.Option(help="With memory for everything; 1 is all that FCFS gets done.")
-    ] = "0.5,0.9,1,1.2",
-    memory_loads: Annotated[str, typer.Option(help="Where the pool limits.")] = "0.9,1.1",
-    num_prompts: Annotated[int, typer.Option(min=20, help="Requests of a run.")] = 1500,
-    rounds: Annotated[int, typer.Option(min=1, help="Seeds: so many runs of each.")] = 3,
+        str | None,
+        typer.Option(
+            help="With memory for everything; 1 is all that FCFS gets done.", show_default="0.5,0.9,1,1.2; quick 1"
+        ),
+    ] = None,
+    memory_loads: Annotated[
+        str | None, typer.Option(help="Where the pool limits.", show_default="0.9,1.1; quick 1.1")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=20, help="Requests of a run.", show_default="1500; quick 200")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds: so many runs of each.", show_default="3; quick 1")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The first one.")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     engine: Annotated[
@@ -29,29 +38,31 @@ def scheduling(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Few requests, two workloads.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few requests, two workloads, but for what is given.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="A picture beside the JSON file.")] = False,
     output_json: Annotated[Path | None, typer.Option(help="Where results are written.")] = None,
 ) -> None:
     """Who is served first, and what it is worth: the real scheduler in virtual time."""
-    from ...bench.scheduling.benchmark import Options, read_engine, run
+    from ...bench.scheduling.benchmark import QUICK, Options, read_engine, run
     from ...bench.scheduling.plot import draw
     from ...bench.scheduling.workloads import WORKLOADS
 
     picture = picture_path(plot, output_json)
-    names = several(workloads) or WORKLOADS
+    names = several(workloads)
     if unknown := sorted(set(names) - set(WORKLOADS)):
         raise typer.BadParameter(f"There are no workloads {unknown}, only {WORKLOADS}.")
-    options = Options(
-        names, _numbers(loads), _numbers(memory_loads), num_prompts, rounds, seed, read_engine(slots, engine), jobs=jobs
-    )
-    found = run(options.quick() if quick else options, typed(), tick)
+    own = given(workloads=names or None, count=num_prompts, seeds=rounds)
+    own |= given(loads=_numbers(loads), memory_loads=_numbers(memory_loads))
+    small = QUICK if quick else {}
+    found = run(Options(seed=seed, engine=read_engine(slots, engine), jobs=jobs, **small | own), typed(), tick)
     finish(found, output_json)
     if picture:
         typer.echo(f"written: {draw(found, picture)}")
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -7,14 +7,16 @@ import typer
 
 from ..errors import readable_errors
 from .shared import finish
-from .typed import device_and_dtype, numbers, several, tick, typed
+from .typed import device_and_dtype, given, numbers, several, tick, typed
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="float32, on CUDA bfloat16")
 ]
 Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small and short: does it run, are the answers right.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Small and short, but for what is given: does it run, are the answers right.")
+]
 Output = Annotated[Path | None, typer.Option(help="Where results are written.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="torch's own")]
 NAMES = "shipped, tiny, 28m, 8b (random weights), an id on the hub, or a folder."
@@ -22,9 +24,13 @@ NAMES = "shipped, tiny, 28m, 8b (random weights), an id on the hub, or a folder.
 
 def decode(
     model: Annotated[str, typer.Option(help=f"layers (two, little but attention), {NAMES}")] = "28m",
-    batch_sizes: Annotated[str, typer.Option(help="Rows.")] = "1,8,32",
-    contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "128,512,2048,8192",
-    seconds: Annotated[float, typer.Option(min=0, help="Per batch size and context.")] = 6.0,
+    batch_sizes: Annotated[str | None, typer.Option(help="Rows.", show_default="1,8,32; quick 1,2")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Tokens in the cache.", show_default="128,512,2048,8192; quick 128")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Per batch size and context.", show_default="6; quick 0.1")
+    ] = None,
     memory: Annotated[
         float | None, typer.Option(min=0.001, help="GiB for caches.", show_default="60 % of what is free")
     ] = None,
@@ -39,28 +45,30 @@ def decode(
     output_json: Output = None,
 ) -> None:
     """A decode step over batch size and context: PagedCache against DynamicCache and StaticCache."""
-    from ...bench.decode import Settings, run
+    from ...bench.decode import QUICK, Settings, run
 
     where = device_and_dtype(device, dtype)
-    settings = Settings(
-        model, *where, numbers(batch_sizes), numbers(contexts), seconds, threads, seed, memory, compiles
-    )
+    sizes, lengths = (numbers(text) if text is not None else None for text in (batch_sizes, contexts))
+    own = given(batch_sizes=sizes, contexts=lengths, seconds=seconds, memory=memory)
+    small = QUICK if quick else {}
+    settings = Settings(model, *where, threads=threads, seed=seed, compiles=compiles, **small | own)
     with readable_errors():
-        found = run(
-            settings.quick() if quick else settings,
-            typed(),
-            tick,
-            lambda part: part.save(output_json) if output_json else None,
-        )
+        found = run(settings, typed(), tick, lambda part: part.save(output_json) if output_json else None)
     finish(found, output_json)
 
 
 def latency(
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    output_len: Annotated[int, typer.Option(min=2, help="New tokens of each.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
-    num_iters: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 10,
-    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 2,
+    input_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each prompt.", show_default="32; quick 8")
+    ] = None,
+    output_len: Annotated[
+        int | None, typer.Option(min=2, help="New tokens of each.", show_default="128; quick 8")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Prompts.", show_default="8; quick 2")] = None,
+    num_iters: Annotated[int | None, typer.Option(min=1, help="Rounds that count.", show_default="10; quick 2")] = None,
+    num_iters_warmup: Annotated[
+        int | None, typer.Option(min=0, help="Rounds before them.", show_default="2; quick 1")
+    ] = None,
     model: Annotated[str, typer.Option(help=NAMES)] = "28m",
     peer: Annotated[
         list[str] | None, typer.Option(help="static, generate_batch; repeatable.", show_default="all there are")
@@ -73,19 +81,22 @@ def latency(
     output_json: Output = None,
 ) -> None:
     """One batch of prompts: generate with each cache, our batcher and transformers'."""
-    from ...bench.latency import Settings, run
+    from ...bench.latency import QUICK, Settings, run
 
-    where = device_and_dtype(device, dtype)
-    iters = num_iters, num_iters_warmup
-    settings = Settings(input_len, output_len, batch_size, *iters, model, *where, threads, seed, several(peer) or None)
+    device, dtype = device_and_dtype(device, dtype)
+    own = given(input_len=input_len, output_len=output_len, batch_size=batch_size, num_iters=num_iters)
+    own |= given(num_iters_warmup=num_iters_warmup, threads=threads, peers=several(peer) or None)
+    settings = Settings(model=model, device=device, dtype=dtype, seed=seed, **(QUICK if quick else {}) | own)
     with readable_errors():
-        found = run(settings.quick() if quick else settings, typed(), tick)
+        found = run(settings, typed(), tick)
     finish(found, output_json)
 
 
 def startup(
     model: Annotated[str, typer.Option(help="shipped, an id on the hub, or a folder.")] = "shipped",
-    rounds: Annotated[int, typer.Option(min=1, help="Processes of each kind, one more goes before.")] = 5,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Processes of each kind, one more goes before.", show_default="5; quick 2")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -97,7 +108,7 @@ def startup(
     from ...bench.startup import Settings, run
 
     where = device_and_dtype(device, dtype)
-    settings = Settings(model, *where, 2 if quick else rounds, threads, seed)
+    settings = Settings(model, *where, rounds or (2 if quick else 5), threads, seed)
     with readable_errors():
         found = run(settings, typed(), tick)
     finish(found, output_json)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -32,6 +33,11 @@ def picture_path(is_wanted: bool, output_json: Path | None) -> Path | None:
     if is_wanted and output_json is None:
         raise typer.BadParameter("--plot writes its picture beside the JSON file: give --output-json too.")
     return output_json.with_suffix(".png") if is_wanted and output_json else None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Options that were typed; the others are None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def numbers(text: str) -> list[int]:

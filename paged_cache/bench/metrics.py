@@ -86,6 +86,11 @@ class Metric:
         better, worse = ("smaller", "larger") if self.unit in ("B", "%", "slots") else ("faster", "slower")
         return f"{_times(factor)} x {better if (ratio > 1) == self.is_better_high else worse}"
 
+    def verdict(self, ratio: Spread) -> str:
+        """The same for ratios of several rounds: "no clear difference" where they lie on both sides of 1."""
+        is_open = ratio.min < 1 < ratio.max or (1 in (ratio.min, ratio.max) and ratio.min != ratio.max)
+        return "no clear difference" if is_open and self.words(ratio.median) else self.words(ratio.median)
+
 
 def digits(value: float) -> str:
     """Three digits that count; whole numbers in full, with commas from 10,000 on."""

@@ -67,7 +67,7 @@ def show_grids(results: Results, console: Console) -> None:
     for grid in grids(results):
         if grid.rows:
             console.print()
-            _print(grid, console)
+            print_grid(grid, console)
             for note in grid.notes:
                 console.print(Text(note, style="yellow"))
 
@@ -84,7 +84,7 @@ def grids(results: Results) -> Iterator[Grid]:
     cases, keys = results.cases(), varying(results.cases())
     groups = [([case], list[str]()) for case in cases] if len(cases) <= FEW_CASES else [(cases, keys)]
     for some, columns in groups:
-        yield _samples(results, some, columns)
+        yield samples(results, some, columns)
         yield _ratios(results, some, columns)
 
 
@@ -150,7 +150,8 @@ def _of_goal(verdict: Verdict, value: float) -> str:
     return metric.number(value) + unit
 
 
-def _samples(results: Results, cases: list[Case], keys: list[str]) -> Grid:
+def samples(results: Results, cases: list[Case], keys: list[str]) -> Grid:
+    """A row per case and candidate, a column per metric that anybody has; `keys` are columns, too."""
     lines = [line for case in cases for line in results.lines if line.case == case]
     metrics = [Metric(name) for name in results.columns if any(line.metrics.get(name) for line in lines)]
     rows = [
@@ -182,7 +183,7 @@ def _ratios(results: Results, cases: list[Case], keys: list[str]) -> Grid:
             if ratio:
                 names = [(peer if only else f"{ours} / {peer}", ""), (Metric(metric).label, "")]
                 rows.append(
-                    [*_keys(case, keys), *names, _split(ratio_text(ratio)), (Metric(metric).words(ratio.median), "")]
+                    [*_keys(case, keys), *names, _split(ratio_text(ratio)), (Metric(metric).verdict(ratio), "")]
                 )
     header = [*(key.replace("_", " ") for key in keys), f"{only} /".strip(), "of", "ratio", f"{only} is".strip()]
     if not any(row[-1][0] for row in rows):
@@ -203,16 +204,16 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _print(grid: Grid, console: Console) -> None:
+def print_grid(grid: Grid, console: Console) -> None:
     """As one table if it fits: with spreads beside medians, or else below them; otherwise in parts."""
     for in_lines in (False, True):
         if _width(grid, in_lines) <= console.width or (in_lines and len(grid.header) <= grid.num_keys + 1):
             console.print(_rich(grid, in_lines))
             return
     columns = list(range(grid.num_keys, len(grid.header)))
-    _print(grid.part(columns[: len(columns) // 2]), console)
+    print_grid(grid.part(columns[: len(columns) // 2]), console)
     console.print()
-    _print(grid.part(columns[len(columns) // 2 :]), console)
+    print_grid(grid.part(columns[len(columns) // 2 :]), console)
 
 
 def _width(grid: Grid, in_lines: bool) -> int:

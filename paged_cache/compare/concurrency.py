@@ -12,13 +12,14 @@ from ..bench.measuring import Sample
 from ..bench.serving.metrics import throughput_metrics
 from ..bench.serving.ours import Ours
 from ..bench.serving.outcome import Run, Served
-from ..bench.serving.peers import GENERATE_BATCH, GenerateBatch
+from ..bench.serving.peers import GENERATE_BATCH, GenerateBatch, Loop
 from ..bench.workload import Workload
 from ..kv_memory import key_value_tensors
 from .settings import Settings
 from .subject import BLOCK_SIZE, Subject, Watch
 
 OURS = ("ContinuousBatcher",)
+ONE_BY_ONE, IN_THREADS, PADDED = "one by one", "generate in threads", "one padded batch"
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Threads:
                 for prompt, num_new in zip(workload.prompts, workload.num_new, strict=True)
             ]
             answers = [call.result() for call in calls]
-        return Run(time.perf_counter() - start, [served for served, _ in answers], sum(size for _, size in answers))
+        nbytes = sum(size for _, size in answers)
+        return Run(time.perf_counter() - start, [served for served, _ in answers], nbytes, nbytes)
 
     def _call(self, prompt: list[int], num_new: int, start: float) -> tuple[Served, int]:
         cache, watch = DynamicCache(config=self.subject.model.config), Watch(start)
@@ -70,7 +72,7 @@ class PaddedBatch:
         cache, watch = DynamicCache(config=self.subject.model.config), Watch(start)
         rows = self.subject.generate(workload.prompts, max(workload.num_new), cache, streamer=watch)
         requests = [Served(row[:n], watch.moments[:n]) for row, n in zip(rows, workload.num_new, strict=True)]
-        return Run(time.perf_counter() - start, requests, _nbytes(cache))
+        return Run(time.perf_counter() - start, requests, _nbytes(cache), _nbytes(cache))
 
 
 def make_workload(subject: Subject, count: int) -> Workload:
@@ -84,7 +86,7 @@ def make_workload(subject: Subject, count: int) -> Workload:
 def servings(subject: Subject, workload: Workload) -> list[Serving]:
     """Everybody who can serve it with the installed libraries."""
     model: Any = subject.model
-    ways: dict[str, Any] = {"threads": Threads(subject), "padded batch": PaddedBatch(subject)}
+    ways: dict[str, Any] = {ONE_BY_ONE: Loop(model), IN_THREADS: Threads(subject), PADDED: PaddedBatch(subject)}
     if GENERATE_BATCH:
         ways["generate_batch"] = GenerateBatch(model)
     ways["ContinuousBatcher"] = Ours(model, "sjf", 1.25, {}, BLOCK_SIZE)

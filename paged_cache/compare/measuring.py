@@ -16,20 +16,54 @@ from .subject import Subject
 
 NUM_NEW_OF_CONTEXTS = 16
 """Most tokens that follow a prompt whose latency is measured."""
+IDENTICAL = "identical_percent"
 BATCH, CONTEXT, CONCURRENCY = "batch_size", "context", "concurrency"
-COLUMNS = {
-    BATCH: ["mean_ttft_ms", "mean_tpot_ms", "reserved_bytes", "used_bytes", "wasted_bytes", "identical_percent"],
-    CONTEXT: ["mean_ttft_ms", "mean_tpot_ms", "reserved_bytes", "identical_percent"],
-    CONCURRENCY: [
-        "output_throughput",
-        "mean_e2el_ms",
-        "p99_e2el_ms",
-        "mean_ttft_ms",
-        "peak_kv_bytes",
-        "identical_percent",
-    ],
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table.
+
+    Attributes:
+        key: Its part: the name that cases have.
+        title: Above it.
+        columns: Metrics.
+    """
+
+    key: str
+    title: str
+    columns: tuple[str, ...]
+
+
+SECTIONS = {
+    "time": Section(BATCH, "One batch, each cache: time", ("mean_ttft_ms", "mean_tpot_ms")),
+    "memory": Section(
+        BATCH, "One batch, each cache: memory for K and V", ("reserved_bytes", "used_bytes", "wasted_bytes")
+    ),
+    "context": Section(
+        CONTEXT, "One prompt of each length, each cache", ("mean_ttft_ms", "mean_tpot_ms", "reserved_bytes")
+    ),
+    "concurrency": Section(
+        CONCURRENCY,
+        "Many requests, each way to serve them",
+        (
+            "output_throughput",
+            "mean_e2el_ms",
+            "p99_e2el_ms",
+            "mean_ttft_ms",
+            "kv_allocated_bytes",
+            "peak_kv_in_use_bytes",
+        ),
+    ),
 }
-"""Metrics of each part, by the name that its cases have."""
+"""Tables, by name."""
+COMPARED = {
+    "time": "mean_tpot_ms",
+    "memory": "reserved_bytes",
+    "context": "mean_tpot_ms",
+    "concurrency": "output_throughput",
+}
+"""The metric of each whose ratios are shown."""
 
 
 @dataclass
@@ -87,7 +121,7 @@ class Judged:
         sample = self.candidate.run()
         same = [found == row[: len(found)] for found, row in zip(sample.answer, self.expected, strict=True)]
         metrics = {name: x for name, x in sample.metrics.items() if self.is_timed or name.endswith("_bytes")}
-        return Sample(sample.answer, metrics | {"identical_percent": 100 * sum(same) / len(same)})
+        return Sample(sample.answer, metrics | {IDENTICAL: 100 * sum(same) / len(same)})
 
 
 def require_same(found: list[list[int]], expected: list[list[int]]) -> None:
@@ -154,7 +188,7 @@ class Comparison:
             command,
             environment(settings.seed, settings.device),
             settings.to_json() | {"parameters": self.subject.model.num_parameters()},
-            columns=list(dict.fromkeys(name for names in COLUMNS.values() for name in names)),
+            columns=list(dict.fromkeys([name for one in SECTIONS.values() for name in one.columns] + [IDENTICAL])),
             ours=[*OURS],
         )
         with settled_heap():
@@ -218,19 +252,22 @@ class Comparison:
 OURS = (caches.Paged.name, *concurrency.OURS)
 
 
-COMPARED = {
-    BATCH: ["mean_tpot_ms", "reserved_bytes"],
-    CONTEXT: ["mean_tpot_ms"],
-    CONCURRENCY: ["output_throughput"],
-}
-"""Metrics of each part whose ratios are shown."""
-
-
 def part(results: Results, key: str) -> Results:
-    """The lines of one part, with its columns: `BATCH`, `CONTEXT` or `CONCURRENCY`."""
-    lines = [line for line in results.lines if key in line.case]
+    """The lines of one part: `BATCH`, `CONTEXT` or `CONCURRENCY`."""
+    return _only(results, [line for line in results.lines if key in line.case])
+
+
+def section(results: Results, name: str) -> Results:
+    """What the table of this name is about: only lines that have its numbers, or a note instead, and its columns."""
+    about = SECTIONS[name]
+    found = part(results, about.key)
+    lines = [line for line in found.lines if line.note or about.columns[0] in line.metrics]
+    return replace(_only(found, lines), columns=[*about.columns, IDENTICAL], compared=[COMPARED[name]])
+
+
+def _only(results: Results, lines: list[Line]) -> Results:
     ours = [name for name in results.ours if any(line.candidate == name for line in lines)]
-    return replace(results, lines=lines, columns=COLUMNS[key], compared=COMPARED[key], ours=ours)
+    return replace(results, lines=lines, ours=ours)
 
 
 def faults(results: Results) -> list[str]:

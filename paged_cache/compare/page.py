@@ -3,23 +3,21 @@
 import base64
 import html
 import io
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.metrics import Metric
 from ..bench.results import Line, Results
 from .findings import findings
-from .measuring import COLUMNS, part
+from .measuring import SECTIONS, section
 from .panels import Panel, draw, drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PARTS = {
-    "batch_size": "One batch, each cache",
-    "context": "One prompt of each length, each cache",
-    "concurrency": "Many requests, each way to serve them",
-}
+HEAD = 0.9
+"""Inches above the panels, for the title."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
@@ -46,9 +44,12 @@ def save_png(results: Results, path: Path) -> None:
     panels = drawable(results)
     columns = min(2, len(panels)) or 1
     rows = -(-len(panels) // columns)
-    layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15)
-    figure = Figure(figsize=(6.4 * columns, 4.3 * rows + 0.5), layout=layout, facecolor="white")
-    figure.suptitle(results.title, fontsize=13, fontweight="bold")
+    width, height = 6.4 * columns, 4.4 * rows + HEAD
+    layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - HEAD / height))
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    figure.text(0.5, 1 - 0.3 / height, results.title, fontsize=13, fontweight="bold", ha="center", va="center")
+    lines = textwrap.fill(origin(results), round(14 * width))
+    figure.text(0.5, 1 - 0.5 / height, lines, fontsize=8.5, color="#5b6270", ha="center", va="top")
     for i, panel in enumerate(panels):
         draw(panel, figure.add_subplot(rows, columns, i + 1), results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,11 +65,11 @@ def save_html(results: Results, path: Path) -> None:
         plots = "<p>No plots: matplotlib was not installed (pip install 'paged-cache[plots]').</p>"
     parts = [
         f"<h1>{html.escape(results.title)}</h1>",
-        f'<p class="dim"><code>{html.escape(results.command)}</code><br>{html.escape(_origin(results))}</p>',
+        f'<p class="dim"><code>{html.escape(results.command)}</code><br>{html.escape(origin(results))}</p>',
         "<h2>What was found</h2>",
         "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in findings(results)) + "</ul>",
         plots,
-        *(_table(results, key) for key in PARTS if part(results, key).lines),
+        *(_table(results, name) for name in SECTIONS if section(results, name).lines),
         f'<p class="dim">{html.escape(_how(results))}</p>',
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(results.title)}</title><style>{STYLE}</style>'
@@ -95,11 +96,12 @@ def _svg(figure: "Figure") -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _table(results: Results, key: str) -> str:
-    names = [name for name in COLUMNS[key] if any(name in line.metrics for line in part(results, key).lines)]
+def _table(results: Results, title: str) -> str:
+    found, key = section(results, title), SECTIONS[title].key
+    names = [name for name in found.columns if any(name in line.metrics for line in found.lines)]
     header = "".join(f"<th>{html.escape(text)}</th>" for text in (key.replace("_", " "), "", *map(_label, names)))
-    rows = "".join(_row(line, key, names, results.ours) for line in part(results, key).lines)
-    return f"<h2>{PARTS[key]}</h2><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = "".join(_row(line, key, names, results.ours) for line in found.lines)
+    return f"<h2>{SECTIONS[title].title}</h2><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _row(line: Line, key: str, names: list[str], ours: list[str]) -> str:
@@ -113,7 +115,7 @@ def _row(line: Line, key: str, names: list[str], ours: list[str]) -> str:
 
 def _cell(line: Line, name: str) -> str:
     if name not in line.metrics:
-        return ""
+        return "-"
     median, spread = Metric(name).spread(line.spread(name))
     return f'{median} <span class="spread">{spread}</span>'
 
@@ -122,13 +124,16 @@ def _label(name: str) -> str:
     return Metric(name).label
 
 
-def _origin(results: Results) -> str:
-    """Machine and versions."""
+def origin(results: Results) -> str:
+    """Machine, prompts and versions: what figures depend on."""
     found, settings = results.environment, results.settings
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    lengths = results.details["prompt_lengths"]
+    quick = "--quick: figures say nothing; " if settings["is_quick"] else ""
     return (
-        f"{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}, on {found.get('device')} with "
-        f"{found.get('threads')} threads; {versions}; seed {found.get('seed')}"
+        f"{quick}{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}, on {found.get('device')} with "
+        f"{found.get('threads')} torch threads; {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens; {versions}, "
+        f"commit {found.get('commit')}, seed {found.get('seed')}"
     )
 
 
@@ -142,6 +147,9 @@ def _how(results: Results) -> str:
         "largest are run for their memory only. A StaticCache has the next power of two of columns in batches, exactly as "
         "many as it needs where contexts are compared, and is not compiled. TTFT is the time to the first token, TPOT the "
         "time per token behind it, E2EL the time to the last one. Memory is that of keys and values: tensors of "
-        "transformers' caches after the last step, and the most blocks that a PagedCache held. Identical: rows with the "
+        "transformers' caches after the last step, and the most blocks that a PagedCache held. Of those who serve requests, "
+        "allocated is the pool or cache as it was made (ContinuousBatcher: for all requests and a quarter more; generate_batch: "
+        "for as many as it serves at a time), or the most that a growing cache had; in use is what requests held at their most, "
+        "blocks and pages counted whole (generate_batch: those in tables of its requests). Identical: rows with the "
         "tokens of generate with a DynamicCache, alone."
     )

@@ -8,6 +8,7 @@ from ..bench.metrics import Metric
 from ..bench.results import Results
 from ..picture import INK
 from .caches import Dynamic, NoCache, Paged, Static
+from .concurrency import IN_THREADS, ONE_BY_ONE, PADDED
 from .measuring import BATCH, CONCURRENCY, CONTEXT, part
 
 if TYPE_CHECKING:
@@ -19,12 +20,19 @@ STYLES = {
     Dynamic.name: (BLUE, "o"),
     Static.name: (ORANGE, "^"),
     Paged.name: (GREEN, "D"),
-    "threads": (GREY, "s"),
-    "padded batch": (BLUE, "o"),
+    ONE_BY_ONE: (INK, "v"),
+    IN_THREADS: (GREY, "s"),
+    PADDED: (BLUE, "o"),
     "generate_batch": (ORANGE, "^"),
     "ContinuousBatcher": (GREEN, "D"),
 }
 """Colour and marker."""
+LABELS = {
+    Static.name: "StaticCache (not compiled)",
+    ONE_BY_ONE: "generate, one by one",
+    "generate_batch": "transformers' generate_batch",
+}
+"""In legends, where the name is not enough."""
 MEBI = 2**20
 
 
@@ -61,7 +69,7 @@ def draw(panel: Panel, axes: "Axes", results: Results) -> None:
     axes.grid(axis="x" if panel.name == "fragmentation" else "y", color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=8.5, columnspacing=1.2
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8.5, columnspacing=1.2
     )
 
 
@@ -82,7 +90,9 @@ def _memory(axes: "Axes", results: Results) -> None:
         axes.plot(
             used.x, [y / MEBI for y in used.median], color=INK, linestyle=":", linewidth=1.6, label="used by tokens"
         )
-    axes.set(xlabel="rows of the batch", ylabel="MiB of K and V reserved", xlim=(0, None), ylim=(0, None))
+    axes.set(
+        xlabel="rows of the batch", ylabel="MiB of K and V held (PagedCache: blocks)", xlim=(0, None), ylim=(0, None)
+    )
     axes.set_xticks([case[BATCH] for case in results.cases()])
     _label(axes)
 
@@ -147,7 +157,9 @@ def _lines(
             continue
         color, marker = STYLES[name]
         median, least, most = ([y / unit for y in values] for values in (found.median, found.least, found.most))
-        axes.plot(found.x, median, color=color, marker=marker, markersize=5, linewidth=1.8, label=name)
+        axes.plot(
+            found.x, median, color=color, marker=marker, markersize=5, linewidth=1.8, label=LABELS.get(name, name)
+        )
         axes.fill_between(found.x, least, most, color=color, alpha=0.15, linewidth=0)
 
 

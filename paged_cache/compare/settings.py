@@ -29,6 +29,7 @@ class Settings:
         device, dtype, seed: Of the model, and of random tokens.
         rounds: That are timed.
         time_budget: Seconds that the measurements over the context may take.
+        is_quick: Whether figures mean nothing: too few tokens and rounds.
     """
 
     model: str | Path = MODEL_PATH
@@ -43,6 +44,7 @@ class Settings:
     seed: int = 0
     rounds: int = 3
     time_budget: float = 30.0
+    is_quick: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -53,6 +55,10 @@ class Settings:
         for name in ("contexts", "concurrency"):
             if any(value < 1 for value in getattr(self, name)):
                 raise InvalidRequestError(f"{name} is {list(getattr(self, name))}; all have to be at least 1.")
+        if empty := [text for text in self.prompts if not text.strip()]:
+            raise InvalidRequestError(
+                f"the prompt {empty[0]!r} is empty (--prompt, --prompts-file); give it some text."
+            )
 
     @property
     def rows(self) -> int:
@@ -84,6 +90,7 @@ QUICK: dict[str, Any] = {
     "concurrency": (1, 3),
     "input_len": 24,
     "rounds": 1,
+    "is_quick": True,
 }
 """In seconds, with figures that say little."""
 

@@ -26,7 +26,7 @@ from paged_cache.bench.serving.metrics import (
     throughput_metrics,
 )
 from paged_cache.bench.serving.outcome import Run, Served
-from paged_cache.bench.serving.peers import GENERATE_BATCH
+from paged_cache.bench.serving.peers import GENERATE_BATCH, GenerateBatch
 from paged_cache.bench.workload import Workload, make_workload
 from paged_cache.cli import app
 from paged_cache.errors import InvalidRequestError
@@ -90,7 +90,31 @@ def test_everybody_serves_all_requests(bench):
     for name in results.ours:
         metrics = results.line({"shared_prefix_len": 64}, name).metrics
         assert metrics["cached_tokens"] == [7 * 64] * 2
-        assert metrics["peak_kv_bytes"][0] < padded.metrics["peak_kv_bytes"][0]
+        for metric in ("kv_allocated_bytes", "peak_kv_in_use_bytes"):
+            assert metrics[metric][0] < padded.metrics[metric][0]
+
+
+@pytest.mark.skipif(not GENERATE_BATCH, reason="transformers has no generate_batch of this kind")
+def test_pages_in_use_are_those_of_requests():
+    """Two requests at once, each within a page: two pages of K and V in use, whatever the cache has; a shared page is one."""
+    model = comparing.models.make_model("tiny")
+    page = 32 * comparing.models.kv_bytes_per_token(model)
+    apart = Workload([[1] * 10, [2] * 12], [4, 4])
+    together = Workload([[3] * 40, [3] * 40], [2, 2])
+    with torch.no_grad():
+        first, second = (GenerateBatch(model, page_size=32).serve(load) for load in (apart, together))
+
+    assert first.kv_in_use == 2 * page
+    assert first.kv_allocated > 2 * first.kv_in_use
+    assert second.kv_in_use in (3 * page, 4 * page)  # the first page is one where both came one after the other
+
+
+def test_memory_that_nobody_tells_has_no_number():
+    """vLLM says what it allocates only."""
+    found = throughput_metrics(served([[1, 2]]), Workload([[1]], [2]))
+
+    assert found["kv_allocated_bytes"] == 100
+    assert "peak_kv_in_use_bytes" not in found
 
 
 def test_requests_over_time(bench):

@@ -107,6 +107,16 @@ def test_ratios_in_words(metric, ratio, text):
     assert Metric(metric).words(ratio) == text
 
 
+def test_ratios_around_one_are_no_difference():
+    """Words hold for all rounds: where some were faster and some slower, there is no clear difference."""
+    metric = Metric("elapsed_time")
+
+    assert metric.verdict(Spread(0.9, 0.8, 1.1)) == metric.verdict(Spread(1.1, 1.0, 1.2)) == "no clear difference"
+    assert metric.verdict(Spread(0.9, 0.8, 0.95)) == "1.11 x faster"
+    assert metric.verdict(Spread(1.0, 1.0, 1.0)) == "the same"
+    assert Metric("num_preemptions").verdict(Spread(1.0, 0.5, 2.0)) == ""
+
+
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("num_cases", [1, 5])
 def test_tables_fit_and_have_everything(width, num_cases):

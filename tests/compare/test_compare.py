@@ -6,20 +6,23 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from paged_cache.bench.measuring import Sample
-from paged_cache.bench.results import Results
+from paged_cache.bench.results import Line, Results
 from paged_cache.bench.serving.peers import GENERATE_BATCH
 from paged_cache.cli import app
 from paged_cache.cli.compare import numbers, read_prompts
 from paged_cache.compare import caches
 from paged_cache.compare.caches import Alone, Dynamic, NoCache, Paged, Static
-from paged_cache.compare.measuring import Comparison, Phase, faults, part
-from paged_cache.compare.page import save_html
-from paged_cache.compare.panels import PANELS
+from paged_cache.compare.findings import QUICK, findings
+from paged_cache.compare.measuring import OURS, SECTIONS, Comparison, Phase, faults, part, section
+from paged_cache.compare.page import origin, save_html
+from paged_cache.compare.panels import PANELS, draw
+from paged_cache.compare.report import ratio_grid
 from paged_cache.compare.settings import Settings, make_settings
 from paged_cache.compare.subject import Subject, load_subject
 from paged_cache.compare.texts import Texts, spread
@@ -27,7 +30,7 @@ from paged_cache.errors import InvalidRequestError
 from tests import models
 
 CACHES = ["no KV cache", "DynamicCache", "StaticCache", "PagedCache"]
-SERVERS = ["threads", "padded batch", *GENERATE_BATCH, "ContinuousBatcher"]
+SERVERS = ["one by one", "generate in threads", "one padded batch", *GENERATE_BATCH, "ContinuousBatcher"]
 SMALL = ("--quick", "--no-concurrency", "--batch-size", 2, "--contexts", 16, "--max-new-tokens", 4)
 
 
@@ -70,16 +73,32 @@ def test_the_screen_has_everything(shown):
     for name in [
         *CACHES,
         *SERVERS,
-        "One batch",
+        "One batch, each cache: time",
+        "One batch, each cache: memory",
         "One prompt of each length",
         "Many requests",
         "mean TPOT, ms",
         "wasted",
+        "KV allocated",
+        "peak KV in use",
+        "E2EL: to the last one",
     ]:
         assert name in shown
     assert "All tokens of PagedCache and ContinuousBatcher are those of DynamicCache" in shown
-    assert re.search(r"batch size 3, reserved: PagedCache .* than StaticCache, .* than DynamicCache", shown)
+    assert shown.index("What was found") < shown.index("One batch") < shown.index("Many requests")
+    assert len(shown.splitlines()) < 70
     assert all(f"compare.{suffix}" in shown for suffix in ("json", "png", "html"))
+
+
+def test_quick_figures_say_nothing(shown, output):
+    """One sentence says so instead of ratios; no table has rows of nothing, nor the page's heading or picture a claim."""
+    page = (output / "compare.html").read_text(encoding="utf-8")
+
+    for text in (shown, page):
+        assert "Times and ratios of so few tokens say nothing" in " ".join(text.split())
+        assert not re.search(r"[0-9] x (faster|slower|smaller|larger)", text)
+    assert not re.search(r"^.* - +- *$", shown, re.MULTILINE)
+    assert "--quick: figures say nothing" in page
 
 
 def test_the_json_file_has_all_samples(shown, output):
@@ -111,7 +130,27 @@ def test_the_page_needs_nothing_else(shown, output):
     assert all(link.startswith("data:") for link in re.findall(r"(?:href|src)\s*=\s*[\"']?([^\"'> ]*)", page))
     assert not re.search(r"url\(|@import|<script|<link", page)
     assert all(len(re.findall(r"\.(?= |$)", panel.text)) == 2 for panel in PANELS)
-    assert page.count("<tr") == 3 + len(Results.load(output / "compare.json").lines)
+    results = Results.load(output / "compare.json")
+    assert page.count("<tr") == sum(1 + len(section(results, name).lines) for name in SECTIONS)
+
+
+def test_memory_of_servers_is_measured_alike(shown, output):
+    """Everybody has both numbers: what is allocated, and what requests held of it at their most."""
+    found = section(Results.load(output / "compare.json"), "concurrency")
+    sizes = {
+        (line.case["concurrency"], line.candidate): (
+            line.metrics["kv_allocated_bytes"][0],
+            line.metrics["peak_kv_in_use_bytes"][0],
+        )
+        for line in found.lines
+    }
+
+    assert all(0 < in_use <= allocated for allocated, in_use in sizes.values())
+    for name in ("one by one", "generate in threads", "one padded batch"):
+        assert len(set(sizes[3, name])) == 1
+    for name in ("ContinuousBatcher", *GENERATE_BATCH):
+        allocated, in_use = sizes[3, name]
+        assert in_use < allocated
 
 
 def test_the_png_is_a_picture(shown, output):
@@ -269,7 +308,7 @@ def test_a_page_without_matplotlib(shown, output, tmp_path, monkeypatch):
 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "matplotlib was not installed" in page
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 4
     assert "<figure" not in page
 
 
@@ -293,6 +332,7 @@ def test_models_that_have_no_keys(tmp_path):
         (("--max-new-tokens", 1), "max_new_tokens is 1; at least 2"),
         (("--device", "nowhere"), "the device 'nowhere' cannot be used"),
         (("--max-new-tokens", 5000), "more than the model's context of 4096"),
+        (("--prompt", " "), "the prompt ' ' is empty (--prompt, --prompts-file)"),
         (("--prompts-file", "missing.txt"), "cannot read --prompts-file missing.txt"),
     ],
 )
@@ -303,6 +343,57 @@ def test_wrong_arguments(arguments, message):
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
     assert len(result.stderr.splitlines()) == 1
+
+
+def served(throughputs, is_quick=False):
+    """Results of a concurrency of 8 with these samples."""
+    lines = [
+        Line({"concurrency": 8}, name, {"output_throughput": samples, "identical_percent": [100.0] * len(samples)})
+        for name, samples in throughputs.items()
+    ]
+    return Results("compare", "", "", {}, {"is_quick": is_quick}, lines=lines, ours=[*OURS])
+
+
+def test_findings_name_the_best_peer_and_doubt_close_ratios():
+    """Ours is compared with the best of the others first; ratios on both sides of 1 are no difference."""
+    samples = {
+        "one by one": [600.0, 660.0, 630.0],
+        "generate in threads": [200.0, 210.0, 190.0],
+        "ContinuousBatcher": [630.0, 630.0, 630.0],
+    }
+    _, sentence = findings(served(samples))
+    _, faster = findings(served(samples | {"ContinuousBatcher": [1300.0, 1310.0, 1320.0]}))
+
+    assert sentence == (
+        "concurrency 8, output tokens/s: ContinuousBatcher 630; no clear difference from one by one, the best of the others; "
+        "3.1 x faster than generate in threads."
+    )
+    assert "2.1 x faster than one by one, the best of the others" in faster
+    assert findings(served(samples, is_quick=True))[1:] == [QUICK]
+
+
+def test_ratios_of_a_section_are_one_table():
+    """A row per case, a column per peer, with the spread; peers without samples have none."""
+    found = served({"one by one": [100.0, 200.0], "generate_batch": [], "ContinuousBatcher": [300.0, 400.0]})
+    grid = ratio_grid(section(found, "concurrency"), "concurrency")
+
+    assert grid.header == ["concurrency", "/ one by one"]
+    assert grid.rows == [[("8", ""), ("2.50", "[2.00, 3.00]")]]
+
+
+def test_the_picture_says_what_was_measured(output, shown):
+    """Under its title: hardware, threads, dtype, prompts, versions and commit; legends explain themselves."""
+    results = Results.load(output / "compare.json")
+    text = origin(results)
+
+    for expected in ("threads", "float32", "3 prompts of 8 to 24 tokens", "transformers ", "paged-cache ", "commit "):
+        assert expected in text
+    figure = Figure()
+    axes = figure.subplots()
+    draw(next(panel for panel in PANELS if panel.name == "throughput"), axes, results)
+    labels = [label.get_text() for label in axes.get_legend().get_texts()]
+    assert {"generate, one by one", "generate in threads", "one padded batch", "ContinuousBatcher"} <= set(labels)
+    assert not GENERATE_BATCH or "transformers' generate_batch" in labels
 
 
 def test_prompts_need_a_tokenizer(tmp_path):

@@ -129,8 +129,9 @@ def _busiest_second(requests: list[Served]) -> int:
 
 
 def _memory(run: Run) -> Metrics:
-    known = {} if run.num_preemptions is None else {"num_preemptions": run.num_preemptions}
-    return {"peak_kv_bytes": run.kv_bytes, "cached_tokens": run.cached_tokens, **known}
+    maybe = {"peak_kv_in_use_bytes": run.kv_in_use, "num_preemptions": run.num_preemptions}
+    known = {name: value for name, value in maybe.items() if value is not None}
+    return {"kv_allocated_bytes": run.kv_allocated, "cached_tokens": run.cached_tokens, **known}
 
 
 def _objective(text: str) -> tuple[str, float]:

@@ -107,5 +107,6 @@ def _served(output: RequestOutput, times: list[float], arrival: float = 0.0) -> 
 
 def _run(seconds: float, requests: list[Served], outputs: list[RequestOutput], pool: BlockPool, stats: Any) -> Run:
     pool.check()
-    kv_bytes = stats.peak_blocks_in_use * pool.nbytes // pool.num_blocks
-    return Run(seconds, requests, kv_bytes, stats.num_preemptions, sum(output.cached_tokens for output in outputs))
+    in_use = stats.peak_blocks_in_use * pool.nbytes // pool.num_blocks
+    cached_tokens = sum(output.cached_tokens for output in outputs)
+    return Run(seconds, requests, pool.nbytes, in_use, stats.num_preemptions, cached_tokens)

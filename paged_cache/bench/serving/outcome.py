@@ -66,14 +66,18 @@ class Run:
     Attributes:
         seconds: Until the last request had its last token.
         requests: In the order of the workload.
-        kv_bytes: Most K and V held at a time, or allocated where that is fixed.
+        kv_allocated: Bytes of the tensors for K and V: a pool or cache as it was made, or the most that a cache that grows
+            had.
+        kv_in_use: Bytes of them that requests held at their most: blocks or pages with a token in them counted whole,
+            those kept for later prompts only not; None if it cannot be known.
         num_preemptions: How often a request lost its blocks; None if it cannot be known.
         cached_tokens: Prompt tokens that were not computed again.
     """
 
     seconds: float
     requests: list[Served]
-    kv_bytes: int
+    kv_allocated: int
+    kv_in_use: int | None = None
     num_preemptions: int | None = None
     cached_tokens: int = 0
 

@@ -59,7 +59,7 @@ class Loop:
             times = [moment - start for moment in watch.times[1:]]
             for row, n in zip(outputs.tolist(), num_new, strict=True):
                 requests.append(Served(row[:n], times[:n], _let_in(requests, pace)))
-        return Run(time.perf_counter() - start, requests, kv_bytes)
+        return Run(time.perf_counter() - start, requests, kv_bytes, kv_bytes)
 
     def _generate(self, rows: list[list[int]], num_new: int, cache: DynamicCache, watch: Stopwatch) -> torch.Tensor:
         """The new tokens of a batch, padded on the left."""
@@ -103,6 +103,7 @@ class GenerateBatch:
     max_tokens: int = 256
     num_keys: int = 3000
     _hits: int = field(default=0, repr=False)
+    _in_use: int = field(default=0, repr=False)
 
     def describe(self) -> dict[str, Any]:
         """Settings."""
@@ -126,7 +127,7 @@ class GenerateBatch:
             manager.start()
             outputs = _feed(manager, add, start, pace) if pace else [_next_result(manager) for _ in range(count)]
             seconds = time.perf_counter() - start
-            kv_bytes = manager.batch_processor.cache.cache_tensor.nbytes
+            allocated = manager.batch_processor.cache.cache_tensor.nbytes
         finally:
             manager.stop(block=True)
             manager.destroy()
@@ -134,7 +135,7 @@ class GenerateBatch:
             Served(x.generated_tokens, [moment - start for moment in x.timestamps], arrivals[x.request_id])
             for x in sorted(outputs, key=lambda x: int(x.request_id))
         ]
-        return Run(seconds, requests, kv_bytes, cached_tokens=self._hits)
+        return Run(seconds, requests, allocated, self._in_use, cached_tokens=self._hits)
 
     def _manager(self, workload: Workload) -> Any:
         """One whose cache is large enough for all requests that it may serve at a time."""
@@ -153,6 +154,7 @@ class GenerateBatch:
         manager = self.model.init_continuous_batching(greedy, batching)
         manager.warmup()  # makes its cache
         self._count_hits(manager.batch_processor.cache)
+        self._watch_pages(manager.batch_processor.cache)
         return manager
 
     def _count_hits(self, cache: Any) -> None:
@@ -164,6 +166,17 @@ class GenerateBatch:
             return found
 
         cache.search_prefix_match = counted
+
+    def _watch_pages(self, cache: Any) -> None:
+        """Whenever a request gets pages: those of all requests, each once; pages that only the prefix search keeps are not."""
+        store, self._in_use = cache.can_store_request_tokens, 0
+
+        def watched(*args: Any, **options: Any) -> bool:
+            is_stored = bool(store(*args, **options))
+            self._in_use = max(self._in_use, sum(map(_held_bytes, cache.cache_allocators.values())))
+            return is_stored
+
+        cache.can_store_request_tokens = watched
 
 
 def _feed(manager: Any, add: Any, start: float, pace: Pace) -> list[Any]:
@@ -184,6 +197,11 @@ def _feed(manager: Any, add: Any, start: float, pace: Pace) -> list[Any]:
             outputs.append(_next_result(manager))
             free_since = time.perf_counter() - start if num_added - len(outputs) == limit - 1 else free_since
     return outputs
+
+
+def _held_bytes(allocator: Any) -> int:
+    """Of the blocks in tables of requests."""
+    return len(set().union(*allocator.block_table.values())) * int(allocator.bytes_per_block)
 
 
 def _next_result(manager: Any) -> Any:

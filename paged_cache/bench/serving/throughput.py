@@ -21,7 +21,8 @@ COLUMNS = [
     "mean_ttft_ms",
     "p99_ttft_ms",
     "mean_tpot_ms",
-    "peak_kv_bytes",
+    "kv_allocated_bytes",
+    "peak_kv_in_use_bytes",
     "cached_tokens",
     "num_preemptions",
 ]

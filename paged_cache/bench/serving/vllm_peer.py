@@ -31,7 +31,7 @@ class Vllm:
     Attributes:
         python: Interpreter of the environment that vLLM is installed in.
         options: Of its `LLM`.
-        kv_bytes: What it allocates for K and V.
+        kv_bytes: What it allocates for K and V; it does not say how much of that requests use.
         threads: It is bound to so many cores.
         script: What runs there.
         versions: Of vllm and its torch; known inside.

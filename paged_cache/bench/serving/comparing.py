@@ -59,6 +59,17 @@ class Settings:
     peers: tuple[str, ...] = ()
     peer_python: Path = Path(sys.executable)
 
+    def __post_init__(self) -> None:
+        """Checks what no command line could.
+
+        Raises:
+            InvalidRequestError: The pool would have no room.
+        """
+        if not 0 < self.room < math.inf:
+            raise InvalidRequestError(
+                f"room is {self.room:g}; it has to be above 0: 1 is what all requests need at once."
+            )
+
     def chosen(self, usual: Sequence[str], possible: Sequence[str]) -> list[str]:
         """Names of the candidates.
 

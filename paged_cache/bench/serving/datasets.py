@@ -1,6 +1,7 @@
 """What requests ask for: lengths of a trace, random ones, repeated prefixes, or texts of a file; as `vllm bench` has them."""
 
 import json
+import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,14 @@ from ..workload import Workload, make_workload
 
 NAMES = ("trace", "random", "prefix_repetition", "sharegpt", "custom")
 TEXTS = ("sharegpt", "custom")
+OPTIONS = {
+    "trace": ("factor",),
+    "random": ("random_",),
+    "prefix_repetition": ("prefix_repetition_",),
+    "sharegpt": ("sharegpt_", "dataset_path"),
+    "custom": ("custom_", "skip_chat_template", "dataset_path"),
+}
+"""How the names of a dataset's own options begin."""
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
 """Tokens: conversations of ShareGPT with a prompt or an answer below or above are left out, as vLLM does."""
 Requests = list[tuple[list[int], int]]
@@ -56,12 +65,34 @@ class Dataset:
         positive = [name for name, value in vars(self).items() if name in ONE_AT_LEAST and value < 1]
         if positive:
             raise InvalidRequestError(f"{positive[0]} is {getattr(self, positive[0])}; it has to be 1 at least.")
-        if self.factor <= 0:
-            raise InvalidRequestError(f"factor is {self.factor}; it has to be above 0.")
+        if not 0 < self.factor < math.inf:
+            raise InvalidRequestError(f"factor is {self.factor}; it has to be above 0, and a number.")
         if not 0 <= self.random_range_ratio < 1:
             raise InvalidRequestError(f"random_range_ratio is {self.random_range_ratio}; it lies between 0 and 1.")
-        if self.needs_tokenizer and not (self.dataset_path and self.dataset_path.is_file()):
-            raise InvalidRequestError(f"dataset_path {self.dataset_path}: {self.dataset_name} needs a file.")
+        if self.needs_tokenizer:
+            self._require_file()
+
+    @classmethod
+    def of(cls, dataset_name: str, **options: Any) -> "Dataset":
+        """With the options that somebody gave.
+
+        Raises:
+            InvalidRequestError: One of them belongs to another dataset, or makes no sense.
+        """
+        for name in options:
+            owners = [owner for owner, prefixes in OPTIONS.items() if name.startswith(prefixes)]
+            if owners and dataset_name in NAMES and dataset_name not in owners:
+                raise InvalidRequestError(
+                    f"{name} is an option of {' and '.join(owners)}, and dataset_name is {dataset_name}: leave it out."
+                )
+        return cls(dataset_name, **options)
+
+    def _require_file(self) -> None:
+        if self.dataset_path is None:
+            raise InvalidRequestError(f"{self.dataset_name} is read from a file: give --dataset-path FILE.")
+        if not self.dataset_path.is_file():
+            what = "is no file" if self.dataset_path.exists() else "does not exist"
+            raise InvalidRequestError(f"dataset_path {self.dataset_path} {what}.")
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -70,10 +101,8 @@ class Dataset:
 
     def settings(self) -> dict[str, Any]:
         """Those that mean something for this dataset."""
-        own = {"trace": ("factor",), "custom": ("custom_output_len", "skip_chat_template")}
-        prefixes = own.get(self.dataset_name, (f"{self.dataset_name}_",))
-        names = ("dataset_name", "num_prompts", *(("dataset_path",) if self.needs_tokenizer else ()))
-        chosen = {k: v for k, v in asdict(self).items() if k in names or k.startswith(prefixes)}
+        prefixes = ("dataset_name", "num_prompts", *OPTIONS[self.dataset_name])
+        chosen = {k: v for k, v in asdict(self).items() if k.startswith(prefixes)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
 
     def make(self, vocab_size: int, num_shared: int, seed: int, tokenizer: Any = None) -> Workload:

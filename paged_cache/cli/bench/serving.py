@@ -10,7 +10,7 @@ import typer
 
 from ..errors import readable_errors
 from .shared import finish
-from .typed import several, tick, typed
+from .typed import given, several, tick, typed
 
 if TYPE_CHECKING:
     from ...bench.results import Results
@@ -27,17 +27,33 @@ DatasetName = Annotated[str, typer.Option(help="trace, random, prefix_repetition
 DatasetPath = Annotated[Path | None, typer.Option(help="A file of sharegpt (JSON) or custom (lines of JSON).")]
 NumPrompts = Annotated[int | None, typer.Option(min=1, help="Requests.", show_default="64")]
 Factor = Annotated[float | None, typer.Option(help="By which the lengths of the trace are divided.", show_default="5")]
-RandomInputLen = Annotated[int, typer.Option(min=1, help="Of random: tokens of a prompt.")]
-RandomOutputLen = Annotated[int, typer.Option(min=1, help="Of random: tokens of an answer.")]
-RandomRangeRatio = Annotated[float, typer.Option(help="Of random: lengths vary by this share of them.")]
-PrefixLen = Annotated[int, typer.Option("--prefix-repetition-prefix-len", min=1, help="Of prefix_repetition.")]
-SuffixLen = Annotated[int, typer.Option("--prefix-repetition-suffix-len", min=1, help="Of prefix_repetition.")]
-NumPrefixes = Annotated[int, typer.Option("--prefix-repetition-num-prefixes", min=1, help="Of prefix_repetition.")]
-PrefixOutputLen = Annotated[int, typer.Option("--prefix-repetition-output-len", min=1, help="Of prefix_repetition.")]
+RandomInputLen = Annotated[int | None, typer.Option(min=1, help="Of random: tokens of a prompt.", show_default="1024")]
+RandomOutputLen = Annotated[int | None, typer.Option(min=1, help="Of random: tokens of an answer.", show_default="128")]
+RandomRangeRatio = Annotated[
+    float | None, typer.Option(help="Of random: lengths vary by this share of them.", show_default="0")
+]
+PrefixLen = Annotated[
+    int | None,
+    typer.Option("--prefix-repetition-prefix-len", min=1, help="Of prefix_repetition.", show_default="256"),
+]
+SuffixLen = Annotated[
+    int | None,
+    typer.Option("--prefix-repetition-suffix-len", min=1, help="Of prefix_repetition.", show_default="256"),
+]
+NumPrefixes = Annotated[
+    int | None,
+    typer.Option("--prefix-repetition-num-prefixes", min=1, help="Of prefix_repetition.", show_default="10"),
+]
+PrefixOutputLen = Annotated[
+    int | None,
+    typer.Option("--prefix-repetition-output-len", min=1, help="Of prefix_repetition.", show_default="128"),
+]
 SharegptOutputLen = Annotated[
     int | None, typer.Option(min=1, help="Of sharegpt.", show_default="that of the answer in the file")
 ]
-CustomOutputLen = Annotated[int, typer.Option(min=-1, help="Of custom; -1: output_tokens in the file.")]
+CustomOutputLen = Annotated[
+    int | None, typer.Option(min=-1, help="Of custom; -1: output_tokens in the file.", show_default="256")
+]
 SkipChatTemplate = Annotated[bool, typer.Option("--skip-chat-template", help="Of custom: prompts as they are.")]
 Only = Annotated[
     list[str] | None, typer.Option(help="Candidates; the first is the reference. Repeatable, or with commas.")
@@ -73,15 +89,15 @@ def throughput(
         ),
     ] = None,
     factor: Factor = None,
-    random_input_len: RandomInputLen = 1024,
-    random_output_len: RandomOutputLen = 128,
-    random_range_ratio: RandomRangeRatio = 0.0,
-    prefix_len: PrefixLen = 256,
-    suffix_len: SuffixLen = 256,
-    num_prefixes: NumPrefixes = 10,
-    prefix_output_len: PrefixOutputLen = 128,
+    random_input_len: RandomInputLen = None,
+    random_output_len: RandomOutputLen = None,
+    random_range_ratio: RandomRangeRatio = None,
+    prefix_len: PrefixLen = None,
+    suffix_len: SuffixLen = None,
+    num_prefixes: NumPrefixes = None,
+    prefix_output_len: PrefixOutputLen = None,
     sharegpt_output_len: SharegptOutputLen = None,
-    custom_output_len: CustomOutputLen = 256,
+    custom_output_len: CustomOutputLen = None,
     skip_chat_template: SkipChatTemplate = False,
     only: Only = None,
     padded_size: Annotated[int, typer.Option(min=1, help="Requests in a padded batch.")] = 8,
@@ -127,15 +143,15 @@ def serve(
     metric_percentiles: Annotated[str, typer.Option(help="Which percentiles, with commas.")] = "99",
     shared_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts start with.")] = 0,
     factor: Factor = None,
-    random_input_len: RandomInputLen = 1024,
-    random_output_len: RandomOutputLen = 128,
-    random_range_ratio: RandomRangeRatio = 0.0,
-    prefix_len: PrefixLen = 256,
-    suffix_len: SuffixLen = 256,
-    num_prefixes: NumPrefixes = 10,
-    prefix_output_len: PrefixOutputLen = 128,
+    random_input_len: RandomInputLen = None,
+    random_output_len: RandomOutputLen = None,
+    random_range_ratio: RandomRangeRatio = None,
+    prefix_len: PrefixLen = None,
+    suffix_len: SuffixLen = None,
+    num_prefixes: NumPrefixes = None,
+    prefix_output_len: PrefixOutputLen = None,
     sharegpt_output_len: SharegptOutputLen = None,
-    custom_output_len: CustomOutputLen = 256,
+    custom_output_len: CustomOutputLen = None,
     skip_chat_template: SkipChatTemplate = False,
     only: Only = None,
     rounds: Rounds = None,
@@ -191,17 +207,20 @@ def _dataset(options: dict[str, object]) -> "Dataset":
     """The same."""
     from ...bench.serving.datasets import Dataset
 
-    names = ("dataset_name", "dataset_path", "random_input_len", "random_output_len", "random_range_ratio")
+    names = ("dataset_path", "num_prompts", "factor", "random_input_len", "random_output_len", "random_range_ratio")
     prefixes = {"prefix_len": "prefix_len", "suffix_len": "suffix_len", "num_prefixes": "num_prefixes"}
     prefixes |= {"prefix_output_len": "output_len"}
-    texts = ("sharegpt_output_len", "custom_output_len", "skip_chat_template")
-    quick = options["quick"]
-    return Dataset(
-        **{name: options[name] for name in (*names, *texts)},  # type: ignore[arg-type]
-        **{f"prefix_repetition_{theirs}": options[ours] for ours, theirs in prefixes.items()},  # type: ignore[arg-type]
-        num_prompts=options["num_prompts"] or (QUICK_PROMPTS if quick else 64),  # type: ignore[arg-type]
-        factor=options["factor"] or (QUICK_FACTOR if quick else 5.0),  # type: ignore[arg-type]
+    texts = ("sharegpt_output_len", "custom_output_len")
+    own = given(
+        **{name: options[name] for name in (*names, *texts)},
+        **{f"prefix_repetition_{theirs}": options[ours] for ours, theirs in prefixes.items()},
+        skip_chat_template=options["skip_chat_template"] or None,
     )
+    name = str(options["dataset_name"])
+    small: dict[str, object] = {"num_prompts": QUICK_PROMPTS} if options["quick"] else {}
+    if options["quick"] and name == "trace":
+        small["factor"] = QUICK_FACTOR
+    return Dataset.of(name, **small | own)
 
 
 def _earlier(add: bool, output_json: Path | None) -> "Results | None":

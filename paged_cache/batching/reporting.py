@@ -33,7 +33,7 @@ class Reports:
     Attributes:
         observers: Those that are called.
         untold: What they have not heard yet: events, those who are still to hear of each, and handles that end with them.
-        endings: What they have heard of and has not ended yet.
+        endings: What they have heard of, or hear of now, and has not ended yet.
     """
 
     def __init__(self, scheduler: Scheduler, memory: PoolMemory) -> None:
@@ -87,19 +87,17 @@ class Reports:
     def end_heard(self) -> None:
         """An observer may have the result of what it hears the end of; nothing if anybody else calls this."""
         if self.is_telling:
-            if self.untold and self.untold[0][2] is not None:
-                self.endings.append(self.untold[0][2])
             self._end_told()
 
     def _hand_out(self) -> None:
         """What is untold. Handles end behind the step that they ended in, which counts their last tokens."""
         while self.untold:
             event, ears, ending = self.untold[0]
+            if ending is not None:
+                self.endings.append(ending)
             for observer in ears:  # who was interrupted has heard of it, the others go on from here
                 if observer in self.observers:
                     self._call(observer, event)
-            if ending is not None:
-                self.endings.append(ending)
             self.untold.popleft()
             if isinstance(event, StepDone):
                 self._end_told()
@@ -107,10 +105,11 @@ class Reports:
 
     def _end_told(self) -> None:
         while self.endings:
-            handle, output = self.endings[0]
+            ending = handle, output = self.endings[0]
             if not handle.done:
                 handle._finish(output)
-            self.endings.popleft()
+            if self.endings and self.endings[0] is ending:  # a listener may have come here, too
+                self.endings.popleft()
 
     def _call(self, observer: Observer, event: Event) -> None:
         try:

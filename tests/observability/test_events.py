@@ -349,6 +349,20 @@ def test_observer_may_have_the_result_of_what_ends():
     assert heard == ["length"]
 
 
+def test_listener_may_have_the_result_of_what_ended():
+    """A listener at the end of one request asks for another one that ended in the same step."""
+    heard = []
+    with batching(observers=[lambda event: None]) as batcher:
+        handles = submit_all(batcher, [prompt(5, i) for i in range(3)])
+        for handle, other in zip(handles, [*handles[1:], handles[0]], strict=True):
+            handle.add_listener(
+                lambda token, other=other: heard.append(other.result(timeout=0)) if token is None else None
+            )
+        outputs = run(batcher, handles)
+    assert {output.request_id for output in heard} == {output.request_id for output in outputs}
+    assert len(heard) == 3
+
+
 def test_interrupt_in_an_observer():
     """Ctrl-C in one observer: the others hear of the event all the same, once, and no handle waits forever."""
     interrupts = iter([Generated, StepDone, Finished])

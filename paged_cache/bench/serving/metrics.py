@@ -139,8 +139,8 @@ def _objective(text: str) -> tuple[str, float]:
     if name not in GOOD:
         raise InvalidRequestError(f"goodput {text!r}: it is name:milliseconds, with one of {', '.join(GOOD)}.")
     most = _number(f"goodput {name}", limit)
-    if most < 0:
-        raise InvalidRequestError(f"goodput {text!r}: milliseconds are not negative.")
+    if not most >= 0:
+        raise InvalidRequestError(f"goodput {text!r}: milliseconds are a number, and not negative.")
     return name, most
 
 

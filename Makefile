@@ -6,6 +6,7 @@
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                                                       torch's CPU wheel, where PyPI's has CUDA (several GB)
 #   make bench FULL=1                                   all that is committed in benchmarks/results, in hours
+#   make bench FULL=1 PEER_PYTHON=/tmp/vllm/bin/python  with vLLM, of an environment of its own
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -15,11 +16,13 @@ TESTS       ?= tests
 MARK        ?=
 JOBS        ?= 2
 FULL        ?=
+PEER_PYTHON ?=
 
 BIN     := $(VENV)/bin
 SCRIPTS := $(sort $(wildcard benchmarks/bench_*.py))
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALL  = $(BIN)/python -m pip install -qq --disable-pip-version-check $(INDEX) -c $(CONSTRAINTS)
+PEER    := $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 INPUTS  := pyproject.toml constraints-common.txt $(CONSTRAINTS)
 # A stamp says what is installed in VENV: .user is the package with its extras, .dev also what the checks need,
 # .docs what the documentation needs.
@@ -55,10 +58,10 @@ docs: $(DOCS)  ## the documentation as a site, in docs/_build/html
 
 bench: $(USER)  ## every benchmark in 5 minutes, into out/bench; FULL=1: all that is committed
 ifeq ($(FULL),)
-	$(BIN)/paged-cache bench all --quick --output-dir out/bench
+	$(BIN)/paged-cache bench all --quick --output-dir out/bench $(PEER)
 else
 	@failed=; run() { echo "== $$*"; "$$@" || failed="$$failed $$2"; }; \
-	run $(BIN)/paged-cache bench all --output-dir benchmarks/results --report benchmarks/report.md; \
+	run $(BIN)/paged-cache bench all --output-dir benchmarks/results --report benchmarks/report.md $(PEER); \
 	for script in $(SCRIPTS); do run $(BIN)/python $$script; done; \
 	run $(BIN)/python benchmarks/bench_pipeline.py --model shipped; \
 	run $(BIN)/python benchmarks/profile_batching.py --output-json benchmarks/results/batching_profile.json; \

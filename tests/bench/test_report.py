@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -110,13 +111,26 @@ def test_names_of_benchmarks():
     """By command or by file; long ones only if there is time or they are asked for; no others."""
     names = lambda *only, quick=False: [run.name for run in suite.chosen(only, quick)]  # noqa: E731
 
-    assert names() == [run.name for run in suite.RUNS]
+    assert names() == [run.name for run in suite.RUNS if not run.needs_peers]
     assert names("throughput") == ["throughput", "throughput_192"]
+    assert names("decode") == ["decode_28m", "decode_shipped", "decode_layers"]
     assert names("throughput", quick=True) == ["throughput"]
     assert names("throughput_192", quick=True) == ["throughput_192"]
     assert "throughput_192" not in names(quick=True)
-    with pytest.raises(InvalidRequestError, match=r"no benchmark speed; there are decode, decode_layers"):
+    with pytest.raises(InvalidRequestError, match=r"no benchmark speed; there are decode, decode_28m"):
         suite.chosen(["speed", "decode"], False)
+
+
+def test_vllm_takes_part_where_it_is():
+    """With an interpreter for it there is a benchmark more, with a model that it takes; without one, asking is refused."""
+    with_vllm = {run.name: run for run in suite.chosen([], True, has_peers=True)}
+    quick = suite.arguments(with_vllm["throughput_vllm"], Path("out"), True, Path("python"))
+
+    assert with_vllm.keys() - {run.name for run in suite.chosen([], True)} == {"throughput_vllm"}
+    assert quick[quick.index("--model") + 1] == "28m"
+    assert "--model" not in suite.arguments(with_vllm["throughput_vllm"], Path("out"), False, Path("python"))
+    with pytest.raises(InvalidRequestError, match="throughput_vllm needs vLLM: give --peer-python"):
+        suite.chosen(["throughput_vllm"], False)
 
 
 def test_arguments_exist(tmp_path):

@@ -43,7 +43,7 @@ def all_(
     from ...bench.suite import chosen, run_all
 
     with readable_errors():
-        runs = chosen(several(only), quick)
+        runs = chosen(several(only), quick, peer_python is not None)
         with _progress(len(runs)) as tick:
             failed = run_all(runs, output_dir, quick, peer_python, tick)
         for name, text in failed.items():

@@ -69,6 +69,7 @@ def num_blocks_for(num_blocks: Any, memory: Any, block_nbytes: Mapping[Any, int]
         if not isinstance(num_blocks, int) or isinstance(num_blocks, bool) or num_blocks < 1:
             raise InvalidRequestError(f"num_blocks is {num_blocks!r}; it has to be a positive integer.")
         return num_blocks
+    memory = as_share(memory)
     if isinstance(memory, float):
         return min(_fitting(memory, nbytes, device) for device, nbytes in block_nbytes.items())
     return _fitting(memory, sum(block_nbytes.values()), next(iter(block_nbytes)))
@@ -88,23 +89,25 @@ def num_host_blocks_for(offload_memory: Any, block_nbytes: Mapping[Any, int], pr
 
 def _fitting(memory: Any, block_nbytes: int, device: torch.device, name: str = "memory") -> int:
     """How many blocks of so many bytes fit."""
+    memory = as_share(memory)
     nbytes = parse_memory(memory, device, name)
     if nbytes < block_nbytes:
         raise InvalidRequestError(
             f"{name}={memory!r} is {nbytes} bytes{f' of {device}' if isinstance(memory, float) else ''}; one block alone "
-            f"takes {block_nbytes} bytes."
+            f"takes {block_nbytes} bytes.{unit_hint(memory)}"
         )
     return nbytes // block_nbytes if block_nbytes else 1  # models of states only keep nothing in blocks
 
 
 def parse_memory(memory: Any, device: torch.device, name: str = "memory") -> int:
-    """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1] as share of the free memory."""
+    """Bytes: an int as it is, "2GiB" or "500 MB" by its unit, a float in (0, 1], or "0.5", as share of the free memory."""
+    memory = as_share(memory)
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory, re.IGNORECASE)
         unit = {**_UNITS, **_BINARY_UNITS}.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise InvalidRequestError(
-                f"{name} is {memory!r}; write it like '2GiB', '500MB' or '1000000', or give a share in (0, 1] as a float."
+                f"{name} is {memory!r}; write it like '2GiB', '500MB' or '1000000', or give a share in (0, 1], such as 0.9."
             )
         return int(float(match[1]) * unit)
     if isinstance(memory, float):
@@ -114,6 +117,19 @@ def parse_memory(memory: Any, device: torch.device, name: str = "memory") -> int
     if not isinstance(memory, int) or isinstance(memory, bool) or memory <= 0:
         raise InvalidRequestError(f"{name} is {memory!r}; give bytes, a string such as '2GiB', or a share in (0, 1].")
     return memory
+
+
+def as_share(memory: Any) -> Any:
+    """A string such as "0.5", without a unit and in (0, 1], as a float; anything else as it is."""
+    is_plain = isinstance(memory, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", memory)
+    return float(memory) if is_plain and 0 < float(memory) <= 1 else memory
+
+
+def unit_hint(memory: Any) -> str:
+    """What a number without a unit, of too few bytes for anything, may have been meant to be; empty for others."""
+    text = memory.strip() if isinstance(memory, str) else ""
+    is_small = re.fullmatch(r"\d+(\.\d+)?", text) and 1 < float(text) < 1024
+    return f" {text} without a unit are bytes; did you mean '{text}GiB'?" if is_small else ""
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,45 +11,64 @@ from .errors import readable_errors
 _Memory = Annotated[
     str,
     typer.Option(
-        help="For everything: '24GiB', '80GB', bytes, or a share of what is free here ('0.9').", show_default="all"
+        help="Memory for weights, K and V and all else: '24GiB', '80GB', bytes, or a share of what is free here ('0.9').",
+        show_default="all that is free on this machine: its GPU, or its RAM",
     ),
 ]
 _Trace = Annotated[
     str,
     typer.Option(
-        help="Instead of two lengths, a CSV file with columns prompt and output; 'azure' for 256 conversations in the package.",
-        show_default=False,
+        help="Lengths of requests: a CSV file with columns prompt and output, or 'azure': 256 conversations in the package.",
+        show_default="azure, scaled to the context",
     ),
 ]
+_WeightsMemory = Annotated[
+    str, typer.Option(help="Memory that the weights take, such as '16GB'.", show_default="computed from the config")
+]
+_Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens that contiguous memory reserves for each row.", show_default="the model's longest"),
+]
+_PromptLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of each prompt, where all requests are equal.",
+        show_default="mixed lengths; with --output-len 512",
+    ),
+]
+_OutputLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of each output, where all requests are equal.",
+        show_default="mixed lengths; with --prompt-len 128",
+    ),
+]
+_SharedPrefixLen = Annotated[
+    int, typer.Option(help="Tokens that all prompts start with, before those of --prompt-len or the trace.")
+]
+_KvDtype = Annotated[str, typer.Option(help="Type in which K and V are stored: auto (the model's), int8 or fp8_e4m3.")]
+_Dtype = Annotated[
+    str, typer.Option(help="Type in which the model computes: float16, bfloat16, float32, or auto, the config's.")
+]
+_Overhead = Annotated[float, typer.Option(help="Share of the memory that is kept for activations and the like.")]
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Id on the hub, a folder, or a config.json. Only the config is read.")],
     memory: _Memory = "",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or auto: the config's.")] = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="In which K and V are stored: auto, int8 or fp8_e4m3.")] = "auto",
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
-    weights_memory: Annotated[
-        str, typer.Option(help="What the weights take.", show_default="computed from the config")
-    ] = "",
-    weights: Annotated[bool, typer.Option(help="Whether the weights are in this memory.")] = True,
-    overhead: Annotated[float, typer.Option(help="Share of the memory kept for activations and the like.")] = 0.1,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens that contiguous memory reserves per row.", show_default="the model's longest"),
-    ] = None,
-    prompt_len: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt.", show_default="512, half a short context")
-    ] = None,
-    output_len: Annotated[
-        int | None, typer.Option(help="Tokens of an output.", show_default="128, a quarter of a short context")
-    ] = None,
+    dtype: _Dtype = "auto",
+    kv_dtype: _KvDtype = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens per block, a power of two.")] = 16,
+    weights_memory: _WeightsMemory = "",
+    weights: Annotated[bool, typer.Option(help="Count the weights in this memory, or leave them out.")] = True,
+    overhead: _Overhead = 0.1,
+    context: _Context = None,
+    prompt_len: _PromptLen = None,
+    output_len: _OutputLen = None,
     trace: _Trace = "",
-    trace_scale: Annotated[float, typer.Option(help="Divides the lengths of the trace.")] = 1.0,
-    shared_prefix_len: Annotated[
-        int, typer.Option(help="Tokens that all prompts start with, before those of --prompt-len or the trace.")
-    ] = 0,
-    num_beams: Annotated[int, typer.Option(help="Rows of a request.")] = 1,
+    trace_scale: Annotated[float, typer.Option(help="Number by which the lengths of --trace are divided.")] = 1.0,
+    shared_prefix_len: _SharedPrefixLen = 0,
+    num_beams: Annotated[int, typer.Option(help="Rows of each request: beams or answers to one prompt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """How many tokens and requests fit into a memory: from a model's config alone, weights included."""
@@ -62,7 +81,7 @@ def plan(
     with readable_errors():
         made = make_plan(
             Path(model).expanduser() if model.startswith("~") else model,
-            memory=_share_or_size(memory),
+            memory=memory or None,
             dtype=dtype,
             kv_dtype=kv_dtype,
             block_size=block_size,
@@ -80,11 +99,3 @@ def plan(
         typer.echo(json.dumps(made.to_dict(), indent=2))
     else:
         show(made, model, Console(highlight=False))
-
-
-def _share_or_size(memory: str) -> str | float | None:
-    """A number up to 1 is a share of the free memory; anything else is a size."""
-    try:
-        return float(memory) if float(memory) <= 1 else memory
-    except ValueError:
-        return memory or None

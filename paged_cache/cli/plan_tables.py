@@ -24,6 +24,7 @@ def show(plan: Plan, name: str, console: Console) -> None:
     console.print()
     console.print(_memory(plan))
     console.print()
+    console.print(_workload(plan), style="italic")
     console.print(_requests(plan))
     console.print()
     console.print(_contexts(plan))
@@ -56,7 +57,7 @@ def _memory(plan: Plan) -> Table:
     weights = plan.weights
     count = f"{weights.num_parameters / 1e9:.3g}e9 parameters, " if weights.num_parameters else ""
     share = f"{plan.overhead / plan.memory:.0%} kept for activations and the like (--overhead)"
-    table.add_row("all", format_bytes(plan.memory), "")
+    table.add_row("all", format_bytes(plan.memory), plan.memory_source)
     table.add_row("weights", format_bytes(weights.nbytes), f"{count}{weights.note}")
     table.add_row("reserve", format_bytes(plan.overhead), share)
     table.add_row("K, V and states", format_bytes(plan.available), _blocks(plan))
@@ -71,7 +72,8 @@ def _blocks(plan: Plan) -> str:
     )
 
 
-def _requests(plan: Plan) -> Table:
+def _workload(plan: Plan) -> str:
+    """Which requests are meant."""
     prompt, output = plan.lengths.mean
     mean = "on average " if len(plan.lengths.requests) > 1 else ""
     title = f"Requests at a time: {mean}{prompt:,.0f} tokens of prompt, {output:,.0f} of output"
@@ -79,7 +81,12 @@ def _requests(plan: Plan) -> Table:
         title += f", {plan.lengths.shared_prefix_len:,} of the prompt the same for all"
     if plan.lengths.num_beams > 1:
         title += f", {plan.lengths.num_beams} rows each"
-    table = Table(title=f"{title}; all at their full length", title_justify="left")
+    source = f"\n{plan.lengths.source}" if plan.lengths.source else ""
+    return f"{title}; all at their full length{source}"
+
+
+def _requests(plan: Plan) -> Table:
+    table = Table()
     table.add_column("memory")
     table.add_column("per request", justify="right")
     table.add_column("requests", justify="right")

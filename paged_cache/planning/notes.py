@@ -27,6 +27,7 @@ def notes_on(
         *_on_layers(config, spec, states),
         *_on_shapes(probed, spec),
         *_on_groups(layout),
+        *_on_lengths(lengths),
         *_on_sharing(spec, lengths),
         *_on_context(limit, context),
     )
@@ -75,6 +76,14 @@ def _on_groups(layout: PoolLayout) -> Iterator[str]:
     unused = 1 - layout.numel_per_token / (num_groups * layout.entry_numel_per_token)
     if unused >= 0.005:
         yield f"Layers of different shapes share blocks: {unused:.0%} of each block's bytes stay unused on average."
+
+
+def _on_lengths(lengths: Lengths) -> Iterator[str]:
+    if lengths.are_equal:
+        yield (
+            "All requests are equally long: a padded batch wastes nothing there. Leave --prompt-len and --output-len out, or give a "
+            "--trace, for lengths that differ as in life."
+        )
 
 
 def _on_sharing(spec: ModelSpec, lengths: Lengths) -> Iterator[str]:

@@ -14,15 +14,17 @@ from ..memory.layout import plan_layout
 from ..memory.storage import itemsizes
 from ..memory.windows import Windows
 from ..model_spec import ModelSpec, model_spec
-from ..sizes import KV_DTYPES, check_block_size, check_dtypes, num_blocks_for, parse_memory
+from ..sizes import KV_DTYPES, as_share, check_block_size, check_dtypes, num_blocks_for, parse_memory, unit_hint
 from .configs import check_generates, dtype_of, max_positions, read_config
 from .kinds import LayerKind, format_bytes, layer_kinds
 from .notes import notes_on
 from .requests import ContextLine, Lengths, Room, Way, contexts_up_to
 from .states import Probe, States, has_states, probe
+from .traces import usual_requests
 from .weights import Weights, meta_model, require_generator, weights_of
 
 UNKNOWN_CONTEXT = 4096
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
     Attributes:
         model_type: As the config calls it.
         memory: All there is.
+        memory_source: Whose it is, in words; empty if it was given in bytes.
         dtype: In which the model computes.
         dtype_source: Who says so, in words.
         kv_dtype: In which K and V are stored in blocks.
@@ -56,6 +59,7 @@ class Plan:
 
     model_type: str
     memory: int
+    memory_source: str
     dtype: torch.dtype
     dtype_source: str
     kv_dtype: torch.dtype
@@ -133,8 +137,9 @@ def plan(
         with_weights: False if they are elsewhere, or if `memory` is without them.
         overhead: Share of `memory` that is kept for activations and the like.
         context: Tokens that contiguous memory reserves for each row; as many as the model is made for by default.
-        prompt_len, output_len: Tokens of a request.
-        requests: Prompt and output tokens of several, instead of those two.
+        prompt_len, output_len: Tokens of each request; 512 and 128 for the one that is not given.
+        requests: Prompt and output tokens of several, instead of those two. Without any of these, the lengths of the trace in
+            the package, divided so that they fit the context.
         shared_prefix_len: Tokens that all prompts start with, before those of `prompt_len` or `requests`.
         num_beams: Rows of a request.
 
@@ -167,7 +172,7 @@ def plan(
     pool_memory = available - _outside(paged, room, lengths)
     num_blocks = num_blocks_for(None, pool_memory, {torch.device("cpu"): block_nbytes})
     return Plan(
-        config.model_type, total, model_dtype, dtype_source, stored, weights, reserve, available, kinds,
+        config.model_type, total, _source(memory), model_dtype, dtype_source, stored, weights, reserve, available, kinds,
         layout.bytes_per_token(*itemsizes(stored)), states, layout.windows, block_size, block_nbytes, num_blocks, pool_memory,
         num_blocks // len(layout.windows) * block_size, context, lengths, room.contiguous(lengths), room.padded(lengths), paged,
         room.lines(contexts_up_to(context)), notes_on(config, spec, layout, probed, states, limit, context, lengths),
@@ -180,9 +185,20 @@ def _memory(memory: Any, overhead: float) -> tuple[int, int]:
         raise InvalidRequestError(
             f"overhead is {overhead!r}; it is a share of the memory, from 0 to below 1, such as 0.1."
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    total = parse_memory(1.0 if memory is None else memory, device)
+    total = parse_memory(1.0 if memory is None else memory, DEVICE)
+    if hint := unit_hint(memory):
+        raise InvalidRequestError(f"memory is {memory!r}: nothing fits.{hint}")
     return total, int(total * overhead)
+
+
+def _source(memory: Any) -> str:
+    """Whose memory a share, or nothing, stands for."""
+    share = as_share(1.0 if memory is None else memory)
+    if not isinstance(share, float):
+        return ""
+    where = "the GPU of this machine" if DEVICE.type == "cuda" else "the RAM of this machine, which has no GPU"
+    part = "what" if share == 1 else f"{share:.0%} of what"
+    return f"{part} is free now in {where}; --memory plans for another one"
 
 
 def _spec(config: PreTrainedConfig) -> ModelSpec:
@@ -249,7 +265,10 @@ def _lengths(
         raise InvalidRequestError(
             "requests have lengths of their own: leave out prompt_len and output_len, or the requests."
         )
-    if requests is None:
+    source = ""
+    if requests is None and prompt_len is None and output_len is None:
+        requests, source = usual_requests(context - shared_prefix_len)
+    elif requests is None:
         requests = [(prompt_len or max(1, min(512, context // 2)), output_len or max(1, min(128, context // 4)))]
     if not requests or any(prompt < 1 or output < 1 for prompt, output in requests):
         raise InvalidRequestError(f"requests are {requests!r}; each has at least one token of prompt and of output.")
@@ -258,7 +277,9 @@ def _lengths(
         raise InvalidRequestError(
             f"the longest request has {longest} tokens, the context is {context}: give a longer context or shorter requests."
         )
-    return Lengths(tuple((prompt, output) for prompt, output in requests), shared_prefix_len, num_beams), context
+    return Lengths(
+        tuple((prompt, output) for prompt, output in requests), shared_prefix_len, num_beams, source
+    ), context
 
 
 def _outside(paged: Way, room: Room, lengths: Lengths) -> int:

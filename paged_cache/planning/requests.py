@@ -18,11 +18,18 @@ class Lengths:
         requests: Prompt and output tokens of each; requests of other numbers are like these on average.
         shared_prefix_len: Tokens that all prompts start with, before those of `requests`.
         num_beams: Rows of a request.
+        source: Where lengths are from, in words; empty if they were given.
     """
 
     requests: tuple[tuple[int, int], ...]
     shared_prefix_len: int = 0
     num_beams: int = 1
+    source: str = ""
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether all prompts are as long as each other, and all outputs."""
+        return len(set(self.requests)) == 1
 
     @property
     def longest(self) -> int:

@@ -37,6 +37,20 @@ def read_trace(trace: str | Path, scale: float = 1.0) -> list[tuple[int, int]]:
     return [(max(1, round(prompt / scale)), max(1, round(output / scale))) for prompt, output in rows]
 
 
+def usual_requests(most: int) -> tuple[list[tuple[int, int]], str]:
+    """Lengths of the package's trace, divided so that the longest prompt and the longest output have `most` tokens at most, and what they are in words."""
+    scale, requests = 1.0, read_trace(AZURE)
+    while (width := sum(map(max, zip(*requests, strict=True)))) > max(most, 2):
+        scale *= max(1.01, width / (most + 1))
+        requests = read_trace(AZURE, scale)
+    divided = f", lengths divided by {scale:.3g} to fit the context" if scale > 1 else ""
+    prompt, output = (max(lengths) for lengths in zip(*requests, strict=True))
+    return requests, (
+        f"{len(requests)} conversations of a trace (Azure 2023, --trace azure{divided}): prompts of at most {prompt:,} tokens, "
+        f"outputs of at most {output:,}"
+    )
+
+
 def _length(text: str | None, path: Path, line: int) -> int:
     if text is None or not text.strip().isdigit() or int(text) < 1:
         raise InvalidRequestError(

@@ -1,15 +1,17 @@
 """`paged-cache plan`, as a user runs it."""
 
 import json
+import time
 
 import huggingface_hub
 import pytest
+import torch
 from transformers import BertConfig, MambaConfig, ViTConfig
 from typer.testing import CliRunner
 
 from paged_cache.assets import MODEL_PATH
 from paged_cache.cli import app
-from paged_cache.planning import plan
+from paged_cache.planning import configs, plan
 from tests.planning import published
 from tests.planning.published import config_of
 
@@ -46,7 +48,10 @@ def test_tables(llama):
 
 def test_json(llama):
     """With --json the output is one JSON object with the numbers of the tables, the same for a file and its folder."""
-    file, folder = (json.loads(run(where, "--memory", "24GiB", "--json").output) for where in (llama, llama.parent))
+    file, folder = (
+        json.loads(run(where, "--memory", "24GiB", "--prompt-len", 512, "--output-len", 128, "--json").output)
+        for where in (llama, llama.parent)
+    )
 
     assert file == folder
     assert (file["bytes_per_token"], file["num_blocks"], file["kv_dtype"]) == (131072, 3400, "bfloat16")
@@ -84,6 +89,7 @@ def test_the_model_of_the_package():
     ("options", "message"),
     [
         (("--memory", "12GiB"), "4.158 GiB more than there is"),
+        (("--memory", "24"), "did you mean '24GiB'?"),
         (("--memory", "12QB"), "memory is '12QB'; write it like '2GiB'"),
         (("--memory", "24GiB", "--weights-memory", "much"), "weights_memory is 'much'"),
         (("--memory", "24GiB", "--trace", "nowhere.csv"), "there is no trace nowhere.csv"),
@@ -113,6 +119,53 @@ def test_models_without_keys_and_values(tmp_path, config, message):
 
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_without_lengths_they_are_those_of_a_trace(llama):
+    """The workload is named, and paging fits several times the requests of a padded batch."""
+    shown = run(llama, "--memory", "24GiB").output
+    made = plan(llama, memory="24GiB")
+
+    assert "256 conversations of a trace (Azure 2023, --trace azure)" in " ".join(shown.split())
+    assert "equally long" not in shown
+    assert made.paged.num_requests > 3 * made.padded.num_requests > 0
+
+
+def test_equal_lengths_waste_nothing(llama):
+    """One sentence says why a padded batch is as good there."""
+    shown = run(llama, "--memory", "24GiB", "--prompt-len", 100, "--output-len", 29).output
+
+    assert "All requests are equally long: a padded batch wastes nothing there." in " ".join(shown.split())
+
+
+def test_memory_that_was_not_given_is_named(llama):
+    """Without --memory, or with a share, it is said whose memory is planned."""
+    whole, share = (plan(MODEL_PATH, memory=memory) for memory in (None, "0.5"))
+    where = "the GPU of this machine" if torch.cuda.is_available() else "the RAM of this machine, which has no GPU"
+
+    assert whole.memory_source == f"what is free now in {where}; --memory plans for another one"
+    assert share.memory_source.startswith(f"50% of what is free now in {where}")
+    assert plan(llama, memory="24GiB").memory_source == ""
+    assert where in " ".join(run(MODEL_PATH).output.split())
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
+    """The command does not try again and again: it looks into the cache, and ends with one line."""
+    asked = []
+
+    def unreachable(name, timeout):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(configs, "model_info", unreachable)
+    start = time.perf_counter()
+    result = run("nosuch/dir", "--memory", "1GiB")
+
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert "cannot read the config of nosuch/dir" in result.output
+    assert asked == ["nosuch/dir"]
+    assert time.perf_counter() - start < 5
 
 
 def test_configs_that_are_not_there(tmp_path, monkeypatch):

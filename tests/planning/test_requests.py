@@ -1,10 +1,15 @@
 """How many requests fit, by hand on a model of one layer with one head: one token takes 2 × 8 × 4 = 64 bytes."""
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from paged_cache import BlockPool
 from paged_cache.errors import InvalidRequestError
 from paged_cache.planning import plan, read_trace
+from paged_cache.planning.traces import usual_requests
+from paged_cache.sizes import parse_memory
+from tests import models
 
 ONE_LAYER = LlamaConfig(
     num_hidden_layers=1,
@@ -79,6 +84,25 @@ def test_reserve():
     assert (made.overhead, made.available, made.num_blocks) == (MEMORY // 4, MEMORY * 3 // 4, 75)
 
 
+def test_a_share_is_one_in_words_and_in_numbers():
+    """A string such as "0.5" is the share that 0.5 is, in Python as in the command; a unit makes it a size."""
+    cpu = torch.device("cpu")
+
+    assert parse_memory("0.5", cpu) == pytest.approx(parse_memory(0.5, cpu), rel=0.05)
+    assert parse_memory("1", cpu) > 2**28
+    assert parse_memory("0.5GiB", cpu) == 2**29
+    assert parse_memory("24", cpu) == parse_memory(24, cpu) == 24
+
+
+def test_bytes_that_were_meant_to_be_more_are_doubted():
+    """A pool of a string of few bytes names the unit that may be missing; a pool takes a share as a string."""
+    model = models.model("gpt2")
+
+    with pytest.raises(InvalidRequestError, match=r"24 without a unit are bytes; did you mean '24GiB'\?"):
+        BlockPool.for_model(model, memory="24")
+    assert BlockPool.for_model(model, memory="0.001").num_blocks > 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -129,6 +153,17 @@ def test_bad_traces_are_named(tmp_path, text, message):
 
     with pytest.raises(InvalidRequestError, match=message):
         read_trace(tmp_path / "trace.csv")
+
+
+@pytest.mark.parametrize("most", [2, 64, 1000, 4096, 100_000])
+def test_usual_lengths_fit(most):
+    """The longest prompt and the longest output fit together, nearly; where all fits, lengths are the trace's own."""
+    requests, words = usual_requests(most)
+    width = sum(map(max, zip(*requests, strict=True)))
+
+    assert len(requests) == 256
+    assert 0.9 * min(most, 4701) <= width <= most
+    assert ("divided" in words) == (most < 4701)
 
 
 def test_a_trace_that_is_missing_is_named():

@@ -43,7 +43,7 @@ with ContinuousBatcher(model, pool, tokenizer=tokenizer, log_stats=0.2) as batch
     try:
         from prometheus_client import generate_latest
     except ModuleNotFoundError:
-        print("for metrics: pip install 'paged-cache[metrics]'")
+        print("for metrics: pip install prometheus_client")
     else:  # a server would call prometheus_client.start_http_server(9090) once instead
         PrometheusMetrics(batcher, model_name="example")
         batcher.generate(prompts, max_new_tokens=16, do_sample=False)

@@ -8,9 +8,12 @@ def main() -> None:
     try:
         from paged_cache.cli import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"typer", "rich", "tqdm"}:
+        library = (error.name or "").partition(".")[0]
+        if library not in {"typer", "rich"}:
             raise
-        sys.exit(f"paged-cache: {error.name} is not installed; run: pip install 'paged-cache[cli]'")
+        from paged_cache.optional import not_installed
+
+        sys.exit(f"paged-cache: {not_installed(library)}")
     app()
 
 

@@ -17,6 +17,7 @@ from .demo import PROMPTS, Beams, Call, Demo, Row
 from .kv_memory import Memory
 from .loading import few_threads, load
 from .observability.pool_page import save_html
+from .optional import not_installed
 from .picture import as_text, row_color, save_png
 from .pool_map import PoolMap, pool_map
 
@@ -186,9 +187,7 @@ def _show_pool(console: Console, picture: PoolMap, path: Path) -> None:
         save_png(picture, path)
     except ModuleNotFoundError:
         console.print(f"\nThe same as a page: {page}")
-        console.print(
-            "No PNG: matplotlib is not installed; run: pip install 'paged-cache[plots]'", style="yellow", markup=False
-        )
+        console.print(f"No PNG: {not_installed('matplotlib')}", style="yellow", markup=False, soft_wrap=True)
     else:
         console.print(f"\nThe same as a page and as a picture: {page}, {path}")
 

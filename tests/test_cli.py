@@ -22,6 +22,7 @@ from paged_cache.assets import MODEL_PATH
 from paged_cache.cli import app
 from paged_cache.demo import PROMPTS, Demo, Row, count_tokens
 from paged_cache.loading import few_threads, is_causal, load
+from paged_cache.optional import not_installed
 
 VOCAB = 2048
 NEW = 24
@@ -209,7 +210,7 @@ def test_without_matplotlib_there_is_a_hint(tiny, tmp_path, monkeypatch):
     result = run("demo", "--model", tiny, "--max-new-tokens", 5, "--output", tmp_path)
 
     assert result.exit_code == 0, result.output
-    assert "pip install 'paged-cache[plots]'" in result.output
+    assert not_installed("matplotlib") in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["pool.html"]
 
 

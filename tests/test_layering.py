@@ -14,6 +14,7 @@ FLOORS = {
     "paged_cache.errors": 0,
     "paged_cache.compat": 0,
     "paged_cache.assets": 0,
+    "paged_cache.optional": 0,
     "paged_cache.memory": 1,
     "paged_cache.kernels": 1,
     "paged_cache.paged_tensor": 1,

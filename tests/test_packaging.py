@@ -172,7 +172,7 @@ def test_command_without_its_extra() -> None:
     result = run(blocked(["rich", "typer"]) + "from paged_cache.__main__ import main; main()")
 
     assert result.returncode == 1
-    assert "pip install 'paged-cache[cli]'" in result.stderr
+    assert "pip install '.[cli]'" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

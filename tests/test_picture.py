@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from paged_cache import BlockPool, PagedCache, patch
 from paged_cache.picture import as_text, color, save_png, symbol
-from paged_cache.pool_map import BlockState, pool_map
+from paged_cache.pool_map import BlockState, Owner, PoolMap, pool_map
 
 SIZES = {
     "vocab_size": 64,
@@ -176,6 +176,53 @@ def test_png_is_drawn(model, pool, tmp_path):
     assert height > 300
     assert len(pixels.unique(dim=0)) > 20
     assert 0.2 < (pixels == 1).all(1).float().mean() < 0.95  # neither empty nor full
+
+
+@pytest.mark.parametrize("name", ["$x_{6$", "$5 and $6", "a_b^c"])
+def test_names_are_no_formulas(name, model, pool, tmp_path, monkeypatch):
+    """A `$` in a title or in a request's name is drawn as it is, however many there are."""
+    figures = []
+    module = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(
+        module.Figure, "savefig", lambda self, *_, **__: (self.draw_without_rendering(), figures.append(self))
+    )
+    save_png(pool_map(pool, {name: filled(model, pool, [*PREFIX, 1])}), tmp_path / "pool.png", title=name)
+    upper, lower = figures[0].axes
+    texts = [
+        *(text for text in upper.get_children() if name in getattr(text, "get_text", str)()),
+        *lower.get_yticklabels(),
+    ]
+
+    assert [text.get_text()[: len(name)] for text in texts] == [name, name]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def of_size(num_blocks, num_rows):
+    """A map of rows that hold all blocks, each as many."""
+    each = num_blocks // num_rows
+    tables = [list(range(row * each, (row + 1) * each)) for row in range(num_rows)]
+    owners = tuple(Owner(f"r{row}", "A", [table], each * 16) for row, table in enumerate(tables))
+    return PoolMap(owners, tuple(BlockState("referenced", 1, (i // each,), 16) for i in range(num_blocks)), 16)
+
+
+def test_large_pools_are_drawn_soon(tmp_path, monkeypatch):
+    """16,384 blocks take a few artists, without letters and with the first tables only, and the headings say so."""
+    figures = []
+    module = pytest.importorskip("matplotlib.figure")
+    save = module.Figure.savefig
+    monkeypatch.setattr(module.Figure, "savefig", lambda self, *a, **o: (figures.append(self), save(self, *a, **o)))
+    save_png(of_size(16384, 128), tmp_path / "large.png")
+    save_png(of_size(256, 4), tmp_path / "small.png")
+    large, small = figures
+    headings = [axes.get_title("left") for axes in large.axes]
+
+    assert headings[0].endswith("(too many for letters)")
+    assert headings[1].endswith("(the first 64 of 128, too many for numbers)")
+    assert not any(axes.texts for axes in large.axes)
+    assert sum(len(axes.collections) for axes in large.axes) < 10
+    assert [len(axes.texts) for axes in small.axes] == [256, 256]
+    assert "too many" not in "".join(axes.get_title("left") for axes in small.axes)
+    assert max(size_of(tmp_path / "large.png")) < 5000
 
 
 def test_png_of_an_empty_and_of_a_large_pool(model, tmp_path):

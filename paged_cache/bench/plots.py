@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..optional import require
 from .metrics import Metric
 from .results import Case, Results, Spread
 from .tables import case_text, varying
@@ -36,11 +37,12 @@ class Panel:
 
 
 def draw(results: Results, path: Path) -> Path | None:
-    """Writes a PNG file; None where there is nothing to draw.
+    """Writes a PNG file; None where there is nothing to draw. A `$` in a name begins no formula.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed (`pip install 'paged-cache[plots]'`).
+        ModuleNotFoundError: matplotlib is not installed; the message says what to install.
     """
+    require("matplotlib")
     from matplotlib.figure import Figure
 
     axis = axis_of(results)
@@ -64,10 +66,14 @@ def draw(results: Results, path: Path) -> Path | None:
             _draw_lines(axes, results, panel, axis, styles)
         else:
             _draw_bars(axes, results, panel, styles)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, fontweight="bold", parse_math=False)
     if axis:
         handles, labels = _legend(systems)
-        figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+        legend = figure.legend(
+            handles, labels, loc="outside lower left", ncols=min(len(labels), 4), frameon=False, fontsize=9
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
@@ -107,7 +113,7 @@ def _num_values(results: Results, panel: Panel) -> int:
 
 def _frame(axes: "Axes", panel: Panel) -> None:
     title = "\n".join([Metric(panel.metric).label, *textwrap.wrap(panel.title, 40)])
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#aab1bc")
     axes.tick_params(length=0, labelsize=9, labelcolor=INK, which="both")
@@ -138,7 +144,7 @@ def _draw_lines(axes: "Axes", results: Results, panel: Panel, axis: str, styles:
     if len(numbers) > 6:
         axes.tick_params(axis="x", labelrotation=45)
     _scale_heights(axes, Metric(panel.metric), heights)
-    axes.set_xlabel(axis.replace("_", " "), fontsize=9, color=INK)
+    axes.set_xlabel(axis.replace("_", " "), fontsize=9, color=INK, parse_math=False)
     axes.grid(axis="y", color=GRID)
 
 
@@ -172,7 +178,7 @@ def _draw_bars(axes: "Axes", results: Results, panel: Panel, styles: dict[str, d
             metric.number(spread.median), (spread.max, place), xytext=(5, 0), textcoords="offset points",
             va="center", fontsize=9, color=INK,
         )  # fmt: skip
-    axes.set_yticks(places, [name for name, _ in bars])
+    axes.set_yticks(places, [name for name, _ in bars], parse_math=False)
     for label, (name, _) in zip(axes.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if name in results.ours else "normal")
     axes.set_xlim(0, 1.22 * max(spread.max for _, spread in bars) or 1)

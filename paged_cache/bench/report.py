@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequestError
+from ..optional import not_installed
 from .plots import draw
 from .results import NotResultsError, Results
 from .tables import case_text, environment_line, limit_text, markdown, value_text, warning, word
 
-NO_PICTURES = "No pictures: matplotlib is not installed (`pip install 'paged-cache[plots]'`)."
+NO_PICTURES = f"No pictures: {not_installed('matplotlib')}."
 LONGEST_VALUE = 200
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..bench.metrics import Metric
 from ..bench.results import Line, Results
+from ..optional import not_installed, require
 from .findings import findings
 from .measuring import SECTIONS, section
 from .panels import Panel, draw, drawable
@@ -38,6 +39,7 @@ def save_png(results: Results, path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
+    require("matplotlib")
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -47,9 +49,11 @@ def save_png(results: Results, path: Path) -> None:
     width, height = 6.4 * columns, 4.4 * rows + HEAD
     layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15, rect=(0, 0, 1, 1 - HEAD / height))
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
-    figure.text(0.5, 1 - 0.3 / height, results.title, fontsize=13, fontweight="bold", ha="center", va="center")
+    figure.text(
+        0.5, 1 - 0.3 / height, results.title, fontsize=13, fontweight="bold", ha="center", va="center", parse_math=False
+    )
     lines = textwrap.fill(origin(results), round(14 * width))
-    figure.text(0.5, 1 - 0.5 / height, lines, fontsize=8.5, color="#5b6270", ha="center", va="top")
+    figure.text(0.5, 1 - 0.5 / height, lines, fontsize=8.5, color="#5b6270", ha="center", va="top", parse_math=False)
     for i, panel in enumerate(panels):
         draw(panel, figure.add_subplot(rows, columns, i + 1), results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,7 @@ def save_html(results: Results, path: Path) -> None:
         figures = [_figure(panel, results) for panel in drawable(results)]
         plots = f'<div class="panels">{"".join(figures)}</div>'
     except ModuleNotFoundError:
-        plots = "<p>No plots: matplotlib was not installed (pip install 'paged-cache[plots]').</p>"
+        plots = f"<p>No plots: {html.escape(not_installed('matplotlib'))}.</p>"
     parts = [
         f"<h1>{html.escape(results.title)}</h1>",
         f'<p class="dim"><code>{html.escape(results.command)}</code><br>{html.escape(origin(results))}</p>',

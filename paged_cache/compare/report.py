@@ -15,6 +15,7 @@ from ..bench.metrics import Metric, ratio_text
 from ..bench.results import Results, Spread
 from ..bench.tables import Grid, environment_line, print_grid, samples, warning
 from ..loading import few_threads, quiet
+from ..optional import not_installed
 from .findings import findings
 from .measuring import IDENTICAL, SECTIONS, Comparison, faults, section
 from .page import save_html, save_png
@@ -140,9 +141,7 @@ def _write(results: Results, output: Path, console: Console) -> None:
         save_png(results, output / f"{NAME}.png")
         paths.append(output / f"{NAME}.png")
     except ModuleNotFoundError:
-        console.print(
-            "No plots: matplotlib is not installed; run: pip install 'paged-cache[plots]'", style="yellow", markup=False
-        )
+        console.print(f"No plots: {not_installed('matplotlib')}", style="yellow", markup=False, soft_wrap=True)
     save_html(results, output / f"{NAME}.html")
     paths.append(output / f"{NAME}.html")
     console.print(Text("\nwritten: " + ", ".join(map(str, paths))))

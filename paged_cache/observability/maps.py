@@ -7,6 +7,7 @@ from ..batching.asynchronous import AsyncContinuousBatcher
 from ..batching.batcher import ContinuousBatcher
 from ..cache import PagedCache
 from ..errors import InvalidRequestError
+from ..optional import require
 from ..pool import BlockPool
 from ..pool_map import PoolMap, pool_map
 from .pool_page import save_html
@@ -35,7 +36,7 @@ def save_pool_map(
     Raises:
         InvalidRequestError: The path ends in something else, or `of` has no blocks.
         PagedCacheError: A batcher, inside one of its steps.
-        ModuleNotFoundError: What draws the picture is not installed.
+        ModuleNotFoundError: What draws the picture is not installed; the message says what to install.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -61,6 +62,7 @@ def save(picture: PoolMap, path: Path, title: str) -> None:
     if path.suffix == ".html":
         save_html(picture, path, title)
         return
+    require("rich")
     from ..picture import save_png, save_text
 
     if path.suffix == ".png":

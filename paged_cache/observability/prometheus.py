@@ -12,6 +12,7 @@ from ..batching.batcher import ContinuousBatcher
 from ..batching.events import Event, Finished, Preempted, Queued, Scheduled, StepDone
 from ..batching.output import FINISH_REASONS
 from ..errors import InvalidRequestError
+from ..optional import require
 from ..pool import BlockPool
 from .families import Families
 from .request_histograms import RequestHistograms
@@ -41,7 +42,7 @@ class PrometheusMetrics:
 
     Raises:
         InvalidRequestError: Neither or both of batcher and pool, or the registry has these labels already.
-        ModuleNotFoundError: prometheus_client is not installed.
+        ModuleNotFoundError: prometheus_client is not installed; the message says what to install.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class Registration:
     @classmethod
     def of(cls, registry: "CollectorRegistry | None") -> "Registration":
         """That of a registry, registered there."""
+        require("prometheus_client")
         from prometheus_client import REGISTRY
 
         registry = REGISTRY if registry is None else registry

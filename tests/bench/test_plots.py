@@ -69,6 +69,17 @@ def test_pictures_are_written(tmp_path, cases):
     assert path.stat().st_size > 5000
 
 
+@pytest.mark.parametrize("num_cases", [1, 4])
+def test_names_are_no_formulas(tmp_path, num_cases):
+    """A `$` in the name of a model or a candidate is drawn as it is."""
+    results = make([{"context": 2**i, "model": "$x_{6$"} for i in range(num_cases)])
+    results.title = "$x_{6$"
+    results.lines = [Line(line.case, f"$y_{{{line.candidate}$", line.metrics) for line in results.lines]
+    results.ours = ["$y_{ours$"]
+
+    assert draw(results, tmp_path / "x.png").stat().st_size > 5000
+
+
 def test_nothing_to_draw(tmp_path):
     """Without numbers there is no picture."""
     results = Results("x", "t", "c", {}, columns=["step_us"], lines=[Line({}, "a", {}, "no")])

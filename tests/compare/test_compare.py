@@ -307,7 +307,7 @@ def test_a_page_without_matplotlib(shown, output, tmp_path, monkeypatch):
     save_html(Results.load(output / "compare.json"), tmp_path / "page.html")
 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "matplotlib was not installed" in page
+    assert "matplotlib is not installed" in page
     assert page.count("<table>") == 4
     assert "<figure" not in page
 

@@ -134,7 +134,6 @@ def candidates(model: Any, workload: Workload, peers: list[str]) -> list[Candida
     size = BLOCK_SIZES.get(model.device.type, 16)
     num_blocks = len(workload.prompts) * -(-workload.max_tokens // size)
     pool = BlockPool.for_model(model, num_blocks=num_blocks, block_size=size)
-    total = workload.num_prompt_tokens + workload.num_new_tokens
     batcher = Ours(model, "fcfs", room=1.25, block_size=size)
     found: list[Candidate] = [
         Generate(DYNAMIC, model, workload, lambda: nullcontext(DynamicCache(config=config)), agreement),
@@ -145,8 +144,7 @@ def candidates(model: Any, workload: Workload, peers: list[str]) -> list[Candida
         name = COMPILED if model.device.type == "cuda" else STATIC
         found.append(Generate(name, model, workload, lambda: _emptied(static), agreement))
     if TRANSFORMERS_BATCHES in peers:
-        server = GenerateBatch(model, num_keys=max(GenerateBatch.num_keys, total if size > 16 else 0))
-        found.append(Serve(TRANSFORMERS_BATCHES, server, workload, agreement))
+        found.append(Serve(TRANSFORMERS_BATCHES, GenerateBatch(model), workload, agreement))
     return found
 
 

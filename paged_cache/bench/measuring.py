@@ -80,6 +80,7 @@ def measure(
     rounds: int = 3,
     warm_up: int = 1,
     check: Callable[[Any, Any], None] = same,
+    answer: Any = None,
     tick: Tick = lambda name: None,
 ) -> list[Line]:
     """Runs all candidates in turns; every other round starts with the last one.
@@ -91,6 +92,7 @@ def measure(
         rounds: That are timed.
         warm_up: Rounds before them, checked like the others, but not timed.
         check: Called with an answer and the reference's; raises `Wrong`.
+        answer: The reference's, where it is known already; otherwise the first one.
         tick: Called with a candidate's name before each of its runs.
 
     Returns:
@@ -104,7 +106,7 @@ def measure(
     _check_arguments([candidate.name for candidate in candidates], rounds, warm_up)
     lines = {candidate.name: Line(case, candidate.name) for candidate in candidates}
     notes: dict[str, str] = {}
-    expected: list[Any] = []
+    expected: list[Any] = [] if answer is None else [answer]
     for number in range(warm_up + rounds):
         present = [candidate for candidate in candidates if candidate.name not in notes]
         for candidate in present if number % 2 == 0 or not expected else present[::-1]:

@@ -57,6 +57,12 @@ def test_no_warm_up(log):
     assert lines[0].metrics == {"elapsed_s": [0.0, 1.0]}
 
 
+def test_a_known_answer_is_the_reference(log):
+    """The first candidate is checked, too, where the right answer is known before."""
+    with pytest.raises(WrongAnswerError, match="a: got 'right' instead of 'other'"):
+        measure([Somebody("a", log)], ["a"], CASE, answer="other")
+
+
 def test_every_turn_ticks(log):
     """Before each run, with the candidate's name: what a progress bar needs."""
     ticks = []

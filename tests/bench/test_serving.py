@@ -229,6 +229,30 @@ def test_wrong_tokens_get_no_times():
     assert compare([reference, ours], "bfloat16")["sjf"].metrics["num_equal"] == [1, 1]
 
 
+@pytest.mark.parametrize("command", ["throughput", "serve"])
+def test_ours_alone_is_checked_by_a_loop(bench, monkeypatch, command):
+    """Without a peer, all tokens are those of a loop that has no times; the title says so, and wrong ones are found."""
+    options = ["--quick", "--only", "fcfs,sjf", *(["--shared-prefix-len", "0"] if command == "throughput" else [])]
+    results = bench(command, *options)
+    right = comparing.Ours.serve
+
+    def wrong(self, workload, pace=None):
+        run = right(self, workload, pace)
+        run.requests[-1].tokens[-1] += 1
+        return run
+
+    monkeypatch.setattr(comparing.Ours, "serve", wrong)
+    done = CliRunner().invoke(app, ["bench", command, *options, "--threads", "1"])
+
+    assert results.candidates() == ["fcfs", "sjf"]
+    assert "tokens are those of a loop that was not timed" in results.title
+    assert {line.metrics["num_equal"][0] for line in results.lines} == {8}
+    assert done.exit_code == 1
+    assert "fcfs: request 7 differs" in done.output
+    assert comparing.checked_by(Settings(dtype="bfloat16"), ["sjf", "loop"]).endswith("those of sjf only")
+    assert not comparing.checked_by(Settings(), ["loop", "sjf"])
+
+
 def test_wrong_numbers_of_tokens_are_found():
     """An answer that is too short is wrong, although all that is there is right."""
     task = comparing.Task(Fake("sjf", served([[1]])), Workload([[1]], [2]), None, throughput_metrics, comparing.Judge())

@@ -37,7 +37,8 @@ class Settings:
         threads: Of the CPU; None for torch's own.
         seed: Of weights, tokens and arrivals.
         rounds: That are timed.
-        only: Candidates; the first one is the reference. Empty for all.
+        only: Candidates; the first one is the reference, or if it is ours, in float32, a loop that is not timed. Empty for
+            all.
         max_num_seqs, max_num_batched_tokens: Of this package's batcher; None for 64 and 1024 on a CPU, its own elsewhere.
         room: Size of the pool, of what all requests need at once.
         padded_size: Requests in a padded batch.
@@ -156,26 +157,45 @@ def compare(
     """Warms up with the first requests, then measures whoever came through; every run is checked.
 
     Raises:
-        WrongAnswerError: One of ours has other tokens than the first candidate, in float32.
+        WrongAnswerError: One of ours has other tokens than the reference, in float32.
     """
     check = same_tokens if settings.dtype == "float32" else lambda found, expected: None
 
-    def tasks(who: list[Server], load: Workload, when: Pace | None) -> list[Task]:
-        judge = Judge()
-        return [Task(server, load, when, read, judge) for server in who]
+    reference = _reference(everybody[0], workload, settings, tick)
 
-    warm = tasks(everybody, workload.first(CHECKED), None)
-    failed = [line for line in measure(warm, OURS, case, rounds=1, warm_up=0, check=check, tick=tick) if line.note]
+    def turns(who: list[Server], load: Workload, when: Pace | None, rounds: int) -> list[Line]:
+        answer = reference and reference[: len(load.prompts)]
+        judge = Judge(answer)
+        tasks = [Task(server, load, when, read, judge) for server in who]
+        return measure(tasks, OURS, case, rounds=rounds, warm_up=0, check=check, answer=answer, tick=tick)
+
+    failed = [line for line in turns(everybody, workload.first(CHECKED), None, rounds=1) if line.note]
     right = [server for server in everybody if server.name not in {line.candidate for line in failed}]
-    options: dict[str, Any] = {"rounds": settings.rounds, "warm_up": 0, "check": check, "tick": tick}
-    return [*measure(tasks(right, workload, pace), OURS, case, **options), *failed]
+    return [*turns(right, workload, pace, settings.rounds), *failed]
+
+
+def _reference(first: Server, workload: Workload, settings: Settings, tick: Tick) -> list[list[int]] | None:
+    """Tokens of a loop that is not timed, where nobody but ours would be the reference; None where that is the first one."""
+    if not isinstance(first, Ours) or settings.dtype != "float32":
+        return None
+    tick("loop, for its tokens")
+    return Loop(first.model).serve(workload).tokens
+
+
+def checked_by(settings: Settings, names: list[str]) -> str:
+    """For a title: what tokens are compared with, where it is nobody in the table, or only ours."""
+    if names[0] not in OURS:
+        return ""
+    if settings.dtype == "float32":
+        return "; tokens are those of a loop that was not timed"
+    return f"; tokens compared with those of {names[0]} only"
 
 
 class Judge:
-    """Counts requests that have the tokens of the first run that it sees."""
+    """Counts requests that have the expected tokens: by default those of the first run that it sees."""
 
-    def __init__(self) -> None:
-        self._expected: list[list[int]] = []
+    def __init__(self, expected: list[list[int]] | None = None) -> None:
+        self._expected = expected or []
 
     def num_equal(self, tokens: list[list[int]]) -> int:
         """Of one run."""

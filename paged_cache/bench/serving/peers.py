@@ -89,12 +89,13 @@ class Padded(Loop):
 class GenerateBatch:
     """transformers' continuous batching: what `generate_batch` does, with a length for each request.
 
-    Its SDPA attends from every query to the keys of all requests of a batch, through a mask. So a larger batch is not
-    faster from some number of keys on, and requests are admitted up to about that number.
+    On CUDA with its own settings. On a CPU its SDPA attends from every query to the keys of all requests of a batch,
+    through a mask: a larger batch is not faster from some number of keys on, and requests are admitted up to about that
+    number.
 
     Attributes:
-        page_size, max_tokens: Of its `ContinuousBatchingConfig`.
-        num_keys: About as many tokens do the requests have together that it may serve at a time.
+        page_size, max_tokens: Of its `ContinuousBatchingConfig`, on a CPU.
+        num_keys: About as many tokens do the requests have together that it may serve at a time, there.
     """
 
     model: Any
@@ -107,7 +108,13 @@ class GenerateBatch:
 
     def describe(self) -> dict[str, Any]:
         """Settings."""
+        if not self._is_limited:
+            return {"settings": "transformers' own"}
         return {"page_size": self.page_size, "max_tokens": self.max_tokens, "num_keys": self.num_keys}
+
+    @property
+    def _is_limited(self) -> bool:
+        return bool(self.model.device.type == "cpu")
 
     def serve(self, workload: Workload, pace: Pace | None = None) -> Run:
         """From the moment its thread starts; without a pace with all requests in its queue."""
@@ -137,21 +144,25 @@ class GenerateBatch:
         ]
         return Run(seconds, requests, allocated, self._in_use, cached_tokens=self._hits)
 
-    def _manager(self, workload: Workload) -> Any:
-        """One whose cache is large enough for all requests that it may serve at a time."""
+    def _settings(self, workload: Workload) -> ContinuousBatchingConfig:
+        """On a CPU, its cache is large enough for all requests that it may serve at a time."""
+        if not self._is_limited:
+            return ContinuousBatchingConfig()
         count = len(workload.prompts)
         mean = (workload.num_prompt_tokens + workload.num_new_tokens) / count
         max_requests = min(count, max(2, round(self.num_keys / mean)))
         pages = -(-workload.max_tokens // self.page_size)
-        batching = ContinuousBatchingConfig(
+        return ContinuousBatchingConfig(
             page_size=self.page_size,
             num_blocks=pages * max_requests * 5 // 4 + 1,  # it keeps 15 % free
             max_batch_tokens=self.max_tokens,
             max_requests_per_batch=max_requests,
             auto_switch_to_flash=False,
         )
+
+    def _manager(self, workload: Workload) -> Any:
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        manager = self.model.init_continuous_batching(greedy, batching)
+        manager = self.model.init_continuous_batching(greedy, self._settings(workload))
         manager.warmup()  # makes its cache
         self._count_hits(manager.batch_processor.cache)
         self._watch_pages(manager.batch_processor.cache)

@@ -10,7 +10,7 @@ from .. import models
 from ..measuring import Tick
 from ..results import Results, environment
 from .arrivals import make_pace
-from .comparing import Settings, compare, servers, torch_threads
+from .comparing import Settings, checked_by, compare, servers, torch_threads
 from .datasets import Dataset
 from .metrics import Wanted, serve_metrics
 from .ours import POLICIES
@@ -80,7 +80,7 @@ def run(
         workload = dataset.make(model.config.vocab_size, traffic.shared_prefix_len, settings.seed, tokenizer)
         results = Results(
             "serve",
-            f"Requests over time: {workload.describe()}",
+            f"Requests over time: {workload.describe()}{checked_by(settings, names)}",
             command,
             environment(settings.seed, settings.device),
             settings.for_json() | dataset.settings() | traffic.case() | {"wanted": asdict(traffic.wanted)},

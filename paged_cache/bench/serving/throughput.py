@@ -7,7 +7,7 @@ from ...loading import quiet
 from .. import models
 from ..measuring import Tick
 from ..results import Goal, Results, environment
-from .comparing import PEERS, Settings, compare, servers, torch_threads
+from .comparing import PEERS, Settings, checked_by, compare, servers, torch_threads
 from .datasets import Dataset
 from .metrics import throughput_metrics
 from .ours import OURS, PREPACKED
@@ -56,7 +56,7 @@ def run(
         loads = [dataset.make(model.config.vocab_size, n, settings.seed, tokenizer) for n in shared_prefix_len]
         results = Results(
             "throughput",
-            f"Throughput: {loads[0].describe()}",
+            f"Throughput: {loads[0].describe()}{checked_by(settings, names)}",
             command,
             environment(settings.seed, settings.device),
             settings.for_json() | dataset.settings(),

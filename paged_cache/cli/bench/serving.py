@@ -56,7 +56,10 @@ CustomOutputLen = Annotated[
 ]
 SkipChatTemplate = Annotated[bool, typer.Option("--skip-chat-template", help="Of custom: prompts as they are.")]
 Only = Annotated[
-    list[str] | None, typer.Option(help="Candidates; the first is the reference. Repeatable, or with commas.")
+    list[str] | None,
+    typer.Option(
+        help="Candidates. The first one is the reference; if it is ours, in float32, a loop that is not timed. Repeatable, or with commas."
+    ),
 ]
 Rounds = Annotated[int | None, typer.Option(min=1, help="That are timed.", show_default="3")]
 MaxNumSeqs = Annotated[

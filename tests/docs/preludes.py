@@ -1,17 +1,16 @@
-"""What the code of each page takes as given: models, prompts, folders. Blocks of a page run in order, in one namespace."""
+"""What the code of each page takes as given: models, prompts, folders, but no imports. Blocks of a page run in order, in one namespace."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher, PagedCache
 from paged_cache.assets import MODEL_PATH
-from paged_cache.integrations import PagedTextGenerationPipeline, paged_pipeline
 
 Names = dict[str, Any]
 
@@ -47,24 +46,14 @@ def usual(number: int) -> Names:
         return {}
     model, texts = shared_model(), ["def add(a, b):", "import os", "class Point:"]
     return {
-        "AsyncContinuousBatcher": paged_cache.AsyncContinuousBatcher,
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "BlockPool": BlockPool,
-        "ContinuousBatcher": ContinuousBatcher,
-        "PagedCache": PagedCache,
-        "PagedTextGenerationPipeline": PagedTextGenerationPipeline,
-        "Policy": paged_cache.Policy,
         "dataset_or_generator": iter(texts),
         "inputs": tokenizer()(texts[:1], return_tensors="pt"),
         "model": model,
         "name": str(MODEL_PATH),
-        "paged_cache": paged_cache,
-        "paged_pipeline": paged_pipeline,
         "pool": BlockPool.for_model(model, num_blocks=200),
         "prompt": texts[0],
         "prompts": texts,
         "tokenizer": tokenizer(),
-        "torch": torch,
     }
 
 
@@ -84,7 +73,7 @@ def adapters_on_offloaded(number: int) -> Names:
     parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *layers]
     places = {part: "disk" if part == layers[0] else "cpu" for part in parts}
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, device_map=places, offload_folder="offloaded")
-    return {"model": model, "folder": "adapter", "PeftModel": PeftModel}
+    return {"model": model, "folder": "adapter"}
 
 
 def batcher(number: int) -> Names:

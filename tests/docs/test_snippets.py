@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +41,11 @@ def execute(block: Block, names: dict[str, Any]) -> None:
         exec(compiled, names)
 
 
+def is_import(value: Any) -> bool:
+    """Whether a reader has to import it, as a module, a class or a function."""
+    return isinstance(value, ModuleType | type) or inspect.isroutine(value)
+
+
 def close(names: dict[str, Any]) -> None:
     """End what the blocks of a page left open."""
     for value in [names.get("batcher"), names.get("paged")]:
@@ -65,13 +71,24 @@ def test_python_runs(page: Path) -> None:
     prepare = PRELUDES.get(name(page), usual)
     try:
         for number, block in enumerate(python(page)):
-            names.update(prepare(number))
+            given = prepare(number)
+            assert not [word for word, value in given.items() if is_import(value)], "pages import what they use"
+            names.update(given)
             if NOT_RUN.search(block.text):
                 code(block)
             else:
                 execute(block, names)
     finally:
         close(names)
+
+
+def test_imports_are_noticed() -> None:
+    """The check of preludes can fail, and lets values pass."""
+    given = usual(0)
+
+    assert all(map(is_import, (paged_cache, paged_cache.BlockPool, paged_cache.patch)))
+    assert not any(map(is_import, given.values()))
+    assert {"model", "pool", "prompts", "tokenizer"} <= given.keys()
 
 
 def test_preludes_belong_to_pages() -> None:

@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +73,23 @@ def same(found: Any, expected: Any) -> None:
         raise Wrong(f"got {_short(found)} instead of {_short(expected)}")
 
 
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """Spares the collections between runs the tenths of a second that all of torch and transformers would take.
+
+    Inside another one, or where something else is frozen, it does nothing.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def measure(
     candidates: Sequence[Candidate],
     ours: Sequence[str],
@@ -104,6 +122,22 @@ def measure(
         Exception: Whatever a candidate of ours raises, or the reference in its first run.
     """
     _check_arguments([candidate.name for candidate in candidates], rounds, warm_up)
+    with settled_heap():
+        lines, notes = _turns(candidates, ours, case, rounds, warm_up, check, answer, tick)
+    return [Line(case, name, {}, notes[name]) if name in notes else line for name, line in lines.items()]
+
+
+def _turns(
+    candidates: Sequence[Candidate],
+    ours: Sequence[str],
+    case: Case,
+    rounds: int,
+    warm_up: int,
+    check: Callable[[Any, Any], None],
+    answer: Any,
+    tick: Tick,
+) -> tuple[dict[str, Line], dict[str, str]]:
+    """Lines of all candidates, and why some of them have no samples, by name."""
     lines = {candidate.name: Line(case, candidate.name) for candidate in candidates}
     notes: dict[str, str] = {}
     expected: list[Any] = [] if answer is None else [answer]
@@ -123,7 +157,7 @@ def measure(
                 continue
             if number >= warm_up:
                 _record(lines[candidate.name], sample)
-    return [Line(case, name, {}, notes[name]) if name in notes else line for name, line in lines.items()]
+    return lines, notes
 
 
 def _check_arguments(names: list[str], rounds: int, warm_up: int) -> None:

@@ -1,14 +1,12 @@
 """The plan of all measurements, and what comes of it: one `Results` with the cases of three parts."""
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..bench.measuring import Candidate, Sample, Tick, Wrong, measure
+from ..bench.measuring import Candidate, Sample, Tick, Wrong, measure, settled_heap
 from ..bench.results import Case, Line, Results, environment
 from . import caches, concurrency
 from .caches import CACHES, Alone, Static
@@ -134,17 +132,6 @@ def require_same(found: list[list[int]], expected: list[list[int]]) -> None:
         if not row or row != right[: len(row)]:
             at = next((i for i, pair in enumerate(zip(row, right, strict=False)) if pair[0] != pair[1]), len(right))
             raise Wrong(f"row {number} differs from new token {at} on: {row[at : at + 4]}, not {right[at : at + 4]}")
-
-
-@contextmanager
-def settled_heap() -> Iterator[None]:
-    """Spares the collections between runs the tenths of a second that all of torch and transformers would take."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @dataclass

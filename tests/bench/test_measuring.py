@@ -63,6 +63,20 @@ def test_a_known_answer_is_the_reference(log):
         measure([Somebody("a", log)], ["a"], CASE, answer="other")
 
 
+def test_collections_between_runs_are_short(log, monkeypatch):
+    """What was there before is left out of them, and is collected again afterwards; one inside another does nothing."""
+    monkeypatch.setattr(measuring.gc, "get_freeze_count", lambda: log.count("freeze") - log.count("unfreeze"))
+    monkeypatch.setattr(measuring.gc, "freeze", lambda: log.append("freeze"))
+    monkeypatch.setattr(measuring.gc, "unfreeze", lambda: log.append("unfreeze"))
+    with measuring.settled_heap():
+        for _ in range(2):
+            measure([Somebody("a", log)], [], CASE, rounds=1)
+    with pytest.raises(WrongAnswerError):
+        measure([Somebody("a", log)], ["a"], CASE, answer="other")
+
+    assert log == ["freeze", "a", "a", "a", "a", "unfreeze", "freeze", "a", "unfreeze"]
+
+
 def test_every_turn_ticks(log):
     """Before each run, with the candidate's name: what a progress bar needs."""
     ticks = []

@@ -5,9 +5,11 @@ import runpy
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import ContinuousBatchingConfig
 from typer.testing import CliRunner
 
 from paged_cache.bench.measuring import WrongAnswerError, measure
@@ -251,6 +253,18 @@ def test_ours_alone_is_checked_by_a_loop(bench, monkeypatch, command):
     assert "fcfs: request 7 differs" in done.output
     assert comparing.checked_by(Settings(dtype="bfloat16"), ["sjf", "loop"]).endswith("those of sjf only")
     assert not comparing.checked_by(Settings(), ["loop", "sjf"])
+
+
+@pytest.mark.skipif(not GENERATE_BATCH, reason="this version of transformers is not measured")
+def test_limits_for_a_cpu_are_for_a_cpu():
+    """On CUDA transformers' batching has its own settings, on a CPU those that are fastest there."""
+    cpu, cuda = (GenerateBatch(SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda"))
+    workload = Workload([[1, 2]], [2])
+
+    assert cuda._settings(workload) == ContinuousBatchingConfig()
+    assert cuda.describe() == {"settings": "transformers' own"}
+    assert cpu._settings(workload).max_batch_tokens == cpu.describe()["max_tokens"] == 256
+    assert not cpu._settings(workload).auto_switch_to_flash
 
 
 def test_wrong_numbers_of_tokens_are_found():

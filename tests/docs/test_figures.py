@@ -70,10 +70,15 @@ def kernel(dtype: str) -> float:
     return value("kernels_cpu", "paged", "call_us", **case)
 
 
+def of_scheduling(name: str, metric: str, section: str = "slots", load: float = 1.0) -> float:
+    """A policy's number in the simulation; ratios are over first come, first served."""
+    return value("scheduling", name, metric, section=section, load=load)
+
+
 def policy(name: str) -> list[float]:
     """At load 1, over first come, first served."""
     metrics = ("mean_e2el", "p99_e2el", "mean_e2el_per_token", "max_wait")
-    return [value("scheduling", name, f"{metric}_ratio", section="slots", load=1.0) for metric in metrics]
+    return [of_scheduling(name, f"{metric}_ratio") for metric in metrics]
 
 
 # Words on the page, and what stands in them.
@@ -106,6 +111,8 @@ FIGURES = [
     ('| `"hrrn"` | {:.2f} | {:.2f} | {:.2f} | {:.2f} |', lambda: policy("hrrn")),
     ('| `"sjf-no-aging"` | {:.2f} | {:.2f} | {:.2f} | {:.2f} |', lambda: policy("sjf-no-aging")),
     ("(8 x 2048: {:.0f} and {:.0f} us", lambda: [kernel("int8"), kernel("bfloat16")]),
+    ("at load 1.1, it was {:.1f} per hundred", lambda: [100 * of_scheduling("sjf", "preemptions", "memory", 1.1)]),
+    ("At load 0.5 the mean latency is {:.2f}", lambda: [of_scheduling("sjf", "mean_e2el_ratio", load=0.5)]),
     ("On {:,.0f} steps", lambda: [soak("num_steps")]),
     ("saw {:,.0f} preemptions", lambda: [soak("num_preemptions")]),
 ]
@@ -118,4 +125,40 @@ def test_figures_are_those_of_the_results(words, values) -> None:
     numbers = [number * (1 + 1e-9) for number in values()]  # halves go up
     expected = re.sub(r"e([-+])0(\d)", r"e\1\2", words.format(*numbers))
 
-    assert expected in text
+    assert expected in text, f"docs/performance.md has to say: {expected}"
+
+
+def test_throughput_is_within_the_bound() -> None:
+    """`scheduling.json`: no policy of the table changes the throughput by more than the page says."""
+    found = re.search(r"Throughput is the same within (\d+) %", PAGE.read_text(encoding="utf-8"))
+    ratios = [of_scheduling(name, "output_throughput_ratio") for name in ("sjf", "hrrn", "sjf-no-aging")]
+
+    assert found
+    assert all(abs(ratio - 1) < int(found[1]) / 100 for ratio in ratios), ratios
+
+
+def decode_ratio(name: str, metric: str, batch: int, context: int) -> float:
+    """DynamicCache's time over ours: of the rounds, or of the medians that an older file has instead of them."""
+    case = {"batch_size": batch, "context": context}
+    if results(name).lines:
+        pairs = zip(*(samples(name, who, metric, **case) for who in ("dynamic", "paged")), strict=True)
+        return median(theirs / ours for theirs, ours in pairs)
+    found = next(entry for entry in results(name).details["cases"] if case.items() <= entry.items())
+    spreads = found["spreads_ms"][metric.removesuffix("_ms")]
+    return spreads["dynamic"]["median"] / spreads["paged"]["median"]
+
+
+def test_the_table_of_decode_steps() -> None:
+    """Each cell is that of the file and the metric that the page names above the table."""
+    text = PAGE.read_text(encoding="utf-8").partition("## What it does to one step")[2]
+    source = re.search(r"`results/(decode_\w+)\.json`, `(\w+)`, medians\):\n\n\| \|(.*)\|\n[|-]+\n((?:\|.*\n)+)", text)
+    assert source
+    contexts = [int(cell.replace(",", "")) for cell in source[3].split("|")]
+    for row in source[4].splitlines():
+        batch, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        ratios = [decode_ratio(source[1], source[2], int(batch), context) for context in contexts]
+
+        assert cells == [f"{ratio:.{2 if ratio < 9.995 else 1}f}" for ratio in ratios], (
+            f"{source[1]}.json, batch {batch}"
+        )
+    assert len(source[4].splitlines()) == 3

@@ -14,41 +14,60 @@ from .errors import readable_errors
 
 Numbers = list[str] | None
 
+_Model = Annotated[
+    str, typer.Option(help="Model to try: an id on the hub, or a folder.", show_default="the model in the package")
+]
+_Prompt = Annotated[
+    list[str] | None, typer.Option(help="A prompt; repeat it for more.", show_default="pieces of Python's library")
+]
+_PromptsFile = Annotated[
+    Path | None, typer.Option(help="File with a prompt per line, or a JSON list of prompts.", show_default=False)
+]
+_MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to generate per prompt.", show_default="32")]
+_BatchSize = Annotated[
+    int | None, typer.Option(help="Rows of the largest batch.", show_default="as many as prompts, or 8")
+]
+_Contexts = Annotated[
+    Numbers,
+    typer.Option(
+        help="Lengths in tokens of prompts whose latency is measured, with commas.", show_default="128,512,2048"
+    ),
+]
+_Concurrency = Annotated[
+    Numbers,
+    typer.Option(help="Numbers of requests that are served at once, with commas.", show_default="1,2,4,8,16,32"),
+]
+_InputLen = Annotated[
+    int | None, typer.Option(help="Tokens of the longest prompt, where none are given.", show_default="192")
+]
+_Dtype = Annotated[
+    str, typer.Option(help="Type of the model: float32, bfloat16 or float16; tokens are exact in the first.")
+]
+_Rounds = Annotated[
+    int | None, typer.Option(help="Rounds that are timed; in each, all candidates take turns.", show_default="3")
+]
+_Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="Run everything small, in seconds: are the tokens right? Figures say nothing then."),
+]
+
 
 def compare(
-    model: Annotated[
-        str, typer.Option(help="Id on the hub, or a folder.", show_default="the model in the package")
-    ] = "",
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; repeat it for more.", show_default="pieces of Python's library")
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="A prompt per line, or a JSON list of prompts.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate per prompt.", show_default="32")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows of the largest batch.", show_default="as many as prompts, or 8")
-    ] = None,
-    contexts: Annotated[
-        Numbers, typer.Option(help="Tokens of prompts whose latency is measured.", show_default="128,512,2048")
-    ] = None,
-    concurrency: Annotated[
-        Numbers, typer.Option(help="Numbers of requests at once.", show_default="1,2,4,8,16,32")
-    ] = None,
+    model: _Model = "",
+    prompt: _Prompt = None,
+    prompts_file: _PromptsFile = None,
+    max_new_tokens: _MaxNewTokens = None,
+    batch_size: _BatchSize = None,
+    contexts: _Contexts = None,
+    concurrency: _Concurrency = None,
     no_concurrency: Annotated[bool, typer.Option("--no-concurrency", help="Compare the caches only.")] = False,
-    input_len: Annotated[
-        int | None, typer.Option(help="Tokens of the longest prompt, where none are given.", show_default="192")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the model is.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; tokens are exact in the first.")
-    ] = "float32",
-    seed: Annotated[int, typer.Option(help="Of lengths and random tokens.")] = 0,
-    rounds: Annotated[int | None, typer.Option(help="That are timed, in turns.", show_default="3")] = None,
-    time_budget: Annotated[float, typer.Option(help="Seconds for the measurements over the context.")] = 30.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Everything small: runs in seconds, says little.")] = False,
+    input_len: _InputLen = None,
+    device: Annotated[str, typer.Option(help="Device of the model: cpu or cuda.")] = "cpu",
+    dtype: _Dtype = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of the prompts' lengths and of random tokens.")] = 0,
+    rounds: _Rounds = None,
+    time_budget: Annotated[float, typer.Option(help="Most seconds for the measurements over the context.")] = 30.0,
+    quick: _Quick = False,
     output: Annotated[Path, typer.Option(help="Folder for compare.json, compare.png and compare.html.")] = Path("out"),
 ) -> None:
     """The same prompts through every KV cache, and through every way to serve many at once: time, memory, tokens."""

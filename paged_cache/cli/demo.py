@@ -10,7 +10,7 @@ from .errors import readable_errors
 
 def demo(
     model: Annotated[
-        str, typer.Option(help="Id on the hub, or a folder.", show_default="the model in the package")
+        str, typer.Option(help="Model to try: an id on the hub, or a folder.", show_default="the model in the package")
     ] = "",
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; repeat it for a batch.", show_default="some beginnings of code")

@@ -147,8 +147,7 @@ def test_kernels_are_timed_on_the_cpu(tmp_path):
     assert all(line.spread("call_us").min > 0 for line in found.lines)
     errors = [error for shape in found.details["shapes"].values() for error in shape["errors"].values()]
     assert all(0 < error < TOLERANCE for error in errors)
-    assert {"decode, speed over SDPA on dense K/V"} <= {x.goal.text for x in found.verdicts()}
-    assert {goal.at_least for goal in found.goals if goal.metric == "decode_over_sdpa"} == {0.9}
+    assert not found.goals  # they are for runs in full
     assert min(found.details["ceilings"]["gflops"].values()) > 0
     assert (tmp_path / "k.png").stat().st_size > 10_000
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ def test_decode_steps_agree(tmp_path, model):
     for case in found.details["cases"]:
         assert 0 < case["worst_difference"] < TOLERANCE
         assert case["rounds"] >= 5
-    assert [x.goal.at_most for x in found.verdicts()] == [1.0]
+    judged = replace(found, goals=decode.GOALS)
+    assert [x.goal.at_most for x in judged.verdicts()] == [1.0]
 
 
 def race(model, context=40):
@@ -232,21 +235,26 @@ def test_first_tokens_of_fresh_processes_agree(tmp_path, monkeypatch):
 
 
 def test_starts_are_measured_in_turns(monkeypatch, tmp_path):
-    """Every way takes its turn after a round that does not count, and is judged by plain generate's time."""
-    calls = []
+    """Every way takes its turn after a round that does not count, then once with nothing compiled; only the former is judged."""
+    calls, folders = [], []
 
-    def answer(command):
+    def answer(command, variables):
         way, options = command[-2], json.loads(command[-1])
         calls.append(way)
+        folders.extend(list(Path(x).iterdir()) for x in variables.values())
         assert options["threads"] == 1
-        seconds = {"plain": 1.0, "paged": 1.2, "batcher": 1.4}[way]
+        seconds = {"plain": 1.0, "paged": 1.2, "batcher": 1.4}[way] + 9 * len(variables) * (way == "batcher")
         return {"import_s": seconds, "load_s": 0.0, "first_token_s": 0.0, "tokens": [3]}
 
     monkeypatch.setattr(startup, "_answer", answer)
     found = run("startup", tmp_path / "startup.json", "--quick")
 
-    assert sorted(calls) == sorted(3 * ["plain", "paged", "batcher"])
-    assert [(x.value, x.is_met) for x in found.verdicts()] == [(1.2, True), (1.4, False)]
+    assert sorted(calls) == sorted(4 * ["plain", "paged", "batcher"])
+    assert folders == [[], [], []]
+    assert [len(line.metrics["startup_s"]) for line in found.lines] == [2, 2, 2, 1, 1, 1]
+    assert found.lines[-1].metrics["startup_s"] == [pytest.approx(10.4)]
+    judged = replace(found, goals=startup.GOALS)
+    assert [(x.value, x.is_met) for x in judged.verdicts()] == [(1.2, True), (1.4, False)]
 
 
 def test_a_process_without_a_token_says_why():

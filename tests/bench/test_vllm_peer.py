@@ -64,7 +64,7 @@ def test_rounds_are_asked_for_one_by_one(peer):
     assert [run.tokens for run in runs] == [[[2, 2], [3, 3, 3]]] * 2
     assert [request.arrival for request in runs[1].requests] == [0.5, 2.0]
     assert {(request.ttft, request.tpot) for run in runs for request in run.requests} == {(1.0, 1.0)}
-    assert (runs[0].seconds, runs[0].kv_bytes, runs[0].cached_tokens) == (4.0, 1000, 5)
+    assert (runs[0].seconds, runs[0].kv_allocated, runs[0].cached_tokens) == (4.0, 1000, 5)
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,21 @@ NO_GPU = 2
 
 
 def gpu(
-    output_dir: Annotated[Path, typer.Option(help="For a JSON file per part, logs and the report.")] = Path("out/gpu"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="For all of it; what does not fit is stopped.")] = 8.0,
+    output_dir: Annotated[Path, typer.Option(help="Folder for a JSON file per part, logs and the report.")] = Path(
+        "out/gpu"
+    ),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes for all of it; what does not fit is stopped.")] = 8.0,
     model: Annotated[
         str | None,
         typer.Option(
-            help="8b, 28m or tiny (random weights), an id on the hub, or a folder.", show_default="8b; rehearsed tiny"
+            help="Model: 8b, 28m or tiny (random weights), an id on the hub, or a folder.",
+            show_default="8b; rehearsed tiny",
         ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="kernels_cuda, latency_cuda, decode_cuda, throughput_cuda.")
+        list[str] | None, typer.Option(help="Parts to run: kernels_cuda, latency_cuda, decode_cuda, throughput_cuda.")
     ] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="All of it, small and on the CPU.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run all of it small, on the CPU.")] = False,
 ) -> None:
     """Everything for a GPU: kernels against the copy bandwidth, decode, latency and throughput against transformers."""
     import torch

@@ -9,41 +9,61 @@ import typer
 from .shared import finish
 from .typed import picture_path, several, tick, typed
 
+_Device = Annotated[
+    str | None, typer.Option(help="Device to measure: cpu or cuda.", show_default="cuda where there is one")
+]
+_Only = Annotated[list[str] | None, typer.Option(help="Sections to measure: decode, prefill, chunk, mixed, step, …")]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Run few shapes, shortly: are the results right? Goals are not judged.")
+]
+_Rehearse = Annotated[
+    bool, typer.Option("--rehearse", help="Run what --device cuda would, with small shapes on the CPU.")
+]
+_Seconds = Annotated[
+    float | None, typer.Option(min=0, help="Seconds for each shape.", show_default="0.4, quick and rehearsed 0.05")
+]
+_Budget = Annotated[
+    float | None,
+    typer.Option(min=1, help="Seconds after which no shape is begun.", show_default="340, on CUDA 500"),
+]
+_Memory = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Memory for one shape, in GiB.", show_default="what is free, on a CPU at most 6"),
+]
+_Cold = Annotated[bool, typer.Option("--cold", help="Take layers in turn, so that caches of the CPU do not help.")]
+_Order = Annotated[
+    str | None, typer.Option(help="Order of a block's dimensions: NHD or HND.", show_default="the storage's own")
+]
+_Ablate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE,…",
+        help="Variants beside the usual: tile=32,64 of Triton's Config, or a constant, "
+        "kernels.cpu.attention.SERIAL_BYTES=0. Repeatable.",
+    ),
+]
+_Show = Annotated[
+    Path | None, typer.Option(metavar="JSON", help="Show tables and goals of an earlier run, and measure nothing.")
+]
+
 
 def kernels(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Sections: decode, prefill, chunk, mixed, step, …")] = None,
-    pattern: Annotated[str, typer.Option("--filter", help="A regular expression for the names of shapes.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Few shapes, short: are the results right.")] = False,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="--device cuda with small shapes, on the CPU.")] = False,
-    seconds: Annotated[
-        float | None, typer.Option(min=0, help="Per shape.", show_default="0.4, quick and rehearsed 0.05")
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(min=1, help="Seconds after which no shape is begun.", show_default="340, on CUDA 500"),
-    ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="GiB for one shape.", show_default="what is free, on a CPU at most 6"),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="torch's own")] = None,
-    cold: Annotated[bool, typer.Option("--cold", help="CPU: layers in turn, so that caches do not help.")] = False,
-    order: Annotated[
-        str | None, typer.Option(help="Of a block's dimensions, NHD or HND.", show_default="the storage's own")
-    ] = None,
-    ablate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE,…",
-            help="Variants beside the usual: tile=32,64 of Triton's Config, or a constant, "
-            "kernels.cpu.attention.SERIAL_BYTES=0. Repeatable.",
-        ),
-    ] = None,
-    show: Annotated[Path | None, typer.Option(metavar="JSON", help="Tables and goals of an earlier run.")] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="A picture beside the JSON file.")] = False,
-    seed: Annotated[int, typer.Option(help="Of tensors and block tables.")] = 0,
-    output_json: Annotated[Path | None, typer.Option(help="Where results are written.")] = None,
+    device: _Device = None,
+    only: _Only = None,
+    pattern: Annotated[str, typer.Option("--filter", help="Regular expression that names of shapes must have.")] = "",
+    quick: _Quick = False,
+    rehearse: _Rehearse = False,
+    seconds: _Seconds = None,
+    budget: _Budget = None,
+    memory: _Memory = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.", show_default="torch's own")] = None,
+    cold: _Cold = False,
+    order: _Order = None,
+    ablate: _Ablate = None,
+    show: _Show = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw a picture beside the JSON file.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of tensors and block tables.")] = 0,
+    output_json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Attention over blocks against what the machine can do, and against attention without blocks."""
     import torch
@@ -66,7 +86,7 @@ def kernels(
         if not chosen(options):
             raise typer.BadParameter(f"No shape is in the sections {several(only)} and has {pattern!r} in its name.")
         found = run(options, typed(), tick, lambda part: part.save(output_json) if output_json else None)
-    finish(found, output_json)
+    finish(found, output_json, quick and not show)
     if picture:
         typer.echo(f"written: {draw(found, picture)}")
 

@@ -13,10 +13,11 @@ from .typed import several
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="With JSON files that --output-json wrote.")
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder with JSON files that --output-json wrote.")
     ] = Path("out/bench"),
     output: Annotated[
-        Path | None, typer.Option(help="Markdown file; pictures go beside it.", show_default="report.md in FOLDER")
+        Path | None,
+        typer.Option(help="Markdown file for the report; pictures go beside it.", show_default="report.md in FOLDER"),
     ] = None,
 ) -> None:
     """One report of all results in a folder: goals, tables, pictures."""
@@ -27,10 +28,13 @@ def report(
 
 
 def all_(
-    quick: Annotated[bool, typer.Option("--quick", help="Few samples, everything checked: minutes.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="For JSON files, logs and the report.")] = Path("out/bench"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Take few samples and check everything: minutes. Goals are not judged.")
+    ] = False,
+    output_dir: Annotated[Path, typer.Option(help="Folder for JSON files, logs and the report.")] = Path("out/bench"),
     report_path: Annotated[
-        Path | None, typer.Option("--report", help="Markdown file.", show_default="report.md in the output dir")
+        Path | None,
+        typer.Option("--report", help="Markdown file for the report.", show_default="report.md in the output dir"),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="Names of benchmarks, repeatable or with commas.", show_default="all")

@@ -14,33 +14,37 @@ def scheduling(
     loads: Annotated[
         str | None,
         typer.Option(
-            help="With memory for everything; 1 is all that FCFS gets done.", show_default="0.5,0.9,1,1.2; quick 1"
+            help="Loads with memory for everything, with commas; 1 is all that FCFS gets done.",
+            show_default="0.5,0.9,1,1.2; quick 1",
         ),
     ] = None,
     memory_loads: Annotated[
-        str | None, typer.Option(help="Where the pool limits.", show_default="0.9,1.1; quick 1.1")
+        str | None, typer.Option(help="Loads where the pool limits, with commas.", show_default="0.9,1.1; quick 1.1")
     ] = None,
     num_prompts: Annotated[
         int | None, typer.Option(min=20, help="Requests of a run.", show_default="1500; quick 200")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds: so many runs of each.", show_default="3; quick 1")
+        int | None, typer.Option(min=1, help="Runs of each, with a seed of its own.", show_default="3; quick 1")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The first one.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     engine: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="JSON with per_step, per_token and per_kv in seconds.",
+            help="JSON file with per_step, per_token and per_kv in seconds.",
             show_default="an 8B model on a large GPU, guessed",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Few requests, two workloads, but for what is given.")] = False,
-    plot: Annotated[bool, typer.Option("--plot", help="A picture beside the JSON file.")] = False,
-    output_json: Annotated[Path | None, typer.Option(help="Where results are written.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Run few requests of two workloads, but for what is given. Goals are not judged."),
+    ] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw a picture beside the JSON file.")] = False,
+    output_json: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
     """Who is served first, and what it is worth: the real scheduler in virtual time."""
     from ...bench.scheduling.benchmark import QUICK, Options, read_engine, run
@@ -55,7 +59,7 @@ def scheduling(
     own |= given(loads=_numbers(loads), memory_loads=_numbers(memory_loads))
     small = QUICK if quick else {}
     found = run(Options(seed=seed, engine=read_engine(slots, engine), jobs=jobs, **small | own), typed(), tick)
-    finish(found, output_json)
+    finish(found, output_json, quick)
     if picture:
         typer.echo(f"written: {draw(found, picture)}")
 

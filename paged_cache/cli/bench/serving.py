@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import readable_errors
-from .shared import finish
+from .shared import earlier, finish
 from .typed import given, several, tick, typed
 
 if TYPE_CHECKING:
-    from ...bench.results import Results
     from ...bench.serving.comparing import Settings
     from ...bench.serving.datasets import Dataset
 
@@ -21,63 +20,117 @@ QUICK_PROMPTS, QUICK_FACTOR = 8, 20.0
 
 Model = Annotated[
     str | None,
-    typer.Option(help="28m, tiny or 8b (random), shipped, an id on the hub, or a folder.", show_default="28m"),
+    typer.Option(
+        help="Model: 28m, tiny or 8b (random weights), shipped, an id on the hub, or a folder.", show_default="28m"
+    ),
 ]
-DatasetName = Annotated[str, typer.Option(help="trace, random, prefix_repetition, sharegpt or custom.")]
-DatasetPath = Annotated[Path | None, typer.Option(help="A file of sharegpt (JSON) or custom (lines of JSON).")]
-NumPrompts = Annotated[int | None, typer.Option(min=1, help="Requests.", show_default="64")]
-Factor = Annotated[float | None, typer.Option(help="By which the lengths of the trace are divided.", show_default="5")]
-RandomInputLen = Annotated[int | None, typer.Option(min=1, help="Of random: tokens of a prompt.", show_default="1024")]
-RandomOutputLen = Annotated[int | None, typer.Option(min=1, help="Of random: tokens of an answer.", show_default="128")]
+DatasetName = Annotated[
+    str, typer.Option(help="Where requests are from: trace, random, prefix_repetition, sharegpt or custom.")
+]
+DatasetPath = Annotated[Path | None, typer.Option(help="File for sharegpt (JSON) or custom (lines of JSON).")]
+NumPrompts = Annotated[int | None, typer.Option(min=1, help="Number of requests.", show_default="64")]
+Factor = Annotated[
+    float | None, typer.Option(help="Number by which the lengths of the trace are divided.", show_default="5")
+]
+RandomInputLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a prompt, of the random dataset.", show_default="1024")
+]
+RandomOutputLen = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of an answer, of the random dataset.", show_default="128")
+]
 RandomRangeRatio = Annotated[
-    float | None, typer.Option(help="Of random: lengths vary by this share of them.", show_default="0")
+    float | None, typer.Option(help="Share by which lengths vary, of the random dataset.", show_default="0")
 ]
 PrefixLen = Annotated[
     int | None,
-    typer.Option("--prefix-repetition-prefix-len", min=1, help="Of prefix_repetition.", show_default="256"),
+    typer.Option(
+        "--prefix-repetition-prefix-len",
+        min=1,
+        help="Tokens of a prefix, of the prefix_repetition dataset.",
+        show_default="256",
+    ),
 ]
 SuffixLen = Annotated[
     int | None,
-    typer.Option("--prefix-repetition-suffix-len", min=1, help="Of prefix_repetition.", show_default="256"),
+    typer.Option(
+        "--prefix-repetition-suffix-len",
+        min=1,
+        help="Tokens behind a prefix, of the prefix_repetition dataset.",
+        show_default="256",
+    ),
 ]
 NumPrefixes = Annotated[
     int | None,
-    typer.Option("--prefix-repetition-num-prefixes", min=1, help="Of prefix_repetition.", show_default="10"),
+    typer.Option(
+        "--prefix-repetition-num-prefixes",
+        min=1,
+        help="Number of prefixes, of the prefix_repetition dataset.",
+        show_default="10",
+    ),
 ]
 PrefixOutputLen = Annotated[
     int | None,
-    typer.Option("--prefix-repetition-output-len", min=1, help="Of prefix_repetition.", show_default="128"),
+    typer.Option(
+        "--prefix-repetition-output-len",
+        min=1,
+        help="Tokens of an answer, of the prefix_repetition dataset.",
+        show_default="128",
+    ),
 ]
 SharegptOutputLen = Annotated[
-    int | None, typer.Option(min=1, help="Of sharegpt.", show_default="that of the answer in the file")
+    int | None,
+    typer.Option(
+        min=1, help="Tokens of an answer, of the sharegpt dataset.", show_default="that of the answer in the file"
+    ),
 ]
 CustomOutputLen = Annotated[
-    int | None, typer.Option(min=-1, help="Of custom; -1: output_tokens in the file.", show_default="256")
+    int | None,
+    typer.Option(
+        min=-1, help="Tokens of an answer, of the custom dataset; -1: output_tokens in the file.", show_default="256"
+    ),
 ]
-SkipChatTemplate = Annotated[bool, typer.Option("--skip-chat-template", help="Of custom: prompts as they are.")]
+SkipChatTemplate = Annotated[
+    bool, typer.Option("--skip-chat-template", help="Take prompts as they are, of the custom dataset.")
+]
 Only = Annotated[
     list[str] | None,
     typer.Option(
         help="Candidates. The first one is the reference; if it is ours, in float32, a loop that is not timed. Repeatable, or with commas."
     ),
 ]
-Rounds = Annotated[int | None, typer.Option(min=1, help="That are timed.", show_default="3")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds that are timed.", show_default="3")]
 MaxNumSeqs = Annotated[
-    int | None, typer.Option(min=1, help="Of our batcher.", show_default="64 on a CPU, else the batcher's own")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most requests that run at a time in our batcher.",
+        show_default="64 on a CPU, else the batcher's own",
+    ),
 ]
 MaxNumBatchedTokens = Annotated[
-    int | None, typer.Option(min=1, help="Of our batcher.", show_default="1024 on a CPU, else the batcher's own")
+    int | None,
+    typer.Option(
+        min=1, help="Most tokens of a step of our batcher.", show_default="1024 on a CPU, else the batcher's own"
+    ),
 ]
-Room = Annotated[float, typer.Option(help="Size of our pool, of what all requests need at once.")]
-Peer = Annotated[list[str] | None, typer.Option(help="vllm. Repeatable.")]
+Room = Annotated[float, typer.Option(help="Size of our pool, as a multiple of what all requests need at once.")]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Engine in an environment of its own to measure besides: vllm, which does not tell how much of its KV memory requests use. Repeatable."
+    ),
+]
 PeerPython = Annotated[Path | None, typer.Option(help="Interpreter that can import the peer.", show_default="this one")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="torch's own")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Only in float32 are equal tokens demanded.")]
-Seed = Annotated[int, typer.Option(help="Of weights, tokens and arrivals.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A tiny model, few short requests, one round: is it right.")]
-Add = Annotated[bool, typer.Option("--add", help="To the rounds that the JSON file has, of equal settings.")]
-OutputJson = Annotated[Path | None, typer.Option(help="Where results are written.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.", show_default="torch's own")]
+Device = Annotated[str, typer.Option(help="Device of the model: cpu or cuda.")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Type of the model: float32, bfloat16 or float16; only in float32 are equal tokens demanded."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, tokens and arrivals.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run a tiny model, few short requests, one round: is it right.")]
+Add = Annotated[bool, typer.Option("--add", help="Add to the rounds that the JSON file has, of equal settings.")]
+OutputJson = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 
 
 def throughput(
@@ -125,8 +178,23 @@ def throughput(
 
         settings, dataset = replace(_settings(options), padded_size=padded_size), _dataset(options)
         shared = tuple(dict.fromkeys(shared_prefix_len or (0, 256)))
-        found = run(settings, dataset, shared, earlier=_earlier(add, output_json), command=typed(), tick=tick)
-        finish(found, output_json)
+        found = run(settings, dataset, shared, earlier=earlier(add, output_json), command=typed(), tick=tick)
+        finish(found, output_json, quick)
+
+
+_Burstiness = Annotated[
+    float, typer.Option(help="How evenly requests come: 1 is a Poisson process, less is in bursts, more is evenly.")
+]
+_MaxConcurrency = Annotated[
+    int | None, typer.Option(min=1, help="Most requests that are under way at a time.", show_default="any number")
+]
+_Goodput = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME:MS",
+        help="Objective in milliseconds that a good request meets: ttft:200, tpot:50 or e2el:2000. Repeatable.",
+    ),
+]
 
 
 def serve(
@@ -134,16 +202,12 @@ def serve(
     dataset_name: DatasetName = "trace",
     dataset_path: DatasetPath = None,
     num_prompts: NumPrompts = None,
-    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: all at once.")] = math.inf,
-    burstiness: Annotated[float, typer.Option(help="1: a Poisson process; less: in bursts; more: evenly.")] = 1.0,
-    max_concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests under way at a time.", show_default="any number")
-    ] = None,
-    goodput: Annotated[
-        list[str] | None, typer.Option(metavar="NAME:MS", help="ttft:200, tpot:50 or e2el:2000. Repeatable.")
-    ] = None,
-    percentile_metrics: Annotated[str, typer.Option(help="Which latencies, with commas.")] = "ttft,tpot,itl,e2el",
-    metric_percentiles: Annotated[str, typer.Option(help="Which percentiles, with commas.")] = "99",
+    request_rate: Annotated[float, typer.Option(help="Requests that come in a second; inf: all at once.")] = math.inf,
+    burstiness: _Burstiness = 1.0,
+    max_concurrency: _MaxConcurrency = None,
+    goodput: _Goodput = None,
+    percentile_metrics: Annotated[str, typer.Option(help="Latencies to show, with commas.")] = "ttft,tpot,itl,e2el",
+    metric_percentiles: Annotated[str, typer.Option(help="Percentiles to show, with commas.")] = "99",
     shared_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts start with.")] = 0,
     factor: Factor = None,
     random_input_len: RandomInputLen = None,
@@ -183,11 +247,11 @@ def serve(
             _settings(options),
             _dataset(options),
             traffic,
-            earlier=_earlier(add, output_json),
+            earlier=earlier(add, output_json),
             command=typed(),
             tick=tick,
         )
-        finish(found, output_json)
+        finish(found, output_json, quick)
 
 
 def _settings(options: dict[str, object]) -> "Settings":
@@ -224,17 +288,3 @@ def _dataset(options: dict[str, object]) -> "Dataset":
     if options["quick"] and name == "trace":
         small["factor"] = QUICK_FACTOR
     return Dataset.of(name, **small | own)
-
-
-def _earlier(add: bool, output_json: Path | None) -> "Results | None":
-    """What `--add` adds to; None if there is nothing yet.
-
-    Raises:
-        typer.BadParameter: There is no file to add to.
-        NotResultsError: It is something else.
-    """
-    from ...bench.results import Results
-
-    if add and output_json is None:
-        raise typer.BadParameter("--add adds to the file of --output-json: give that, too.")
-    return Results.load(output_json) if add and output_json and output_json.exists() else None

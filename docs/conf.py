@@ -29,13 +29,19 @@ default_role = "code"  # docstrings mark code as Markdown does
 napoleon_use_ivar = True  # attributes of a class are a list, not entries of the index beside the fields themselves
 napoleon_use_rtype = False
 
+# Attributes that share a line in a docstring, as "allocated, freed: Blocks ...": Sphinx takes the names for types.
+SHARE_A_LINE = """
+    allocated at_most blocks_in_use contiguous evictions forward_seconds freed metric num_grouped_forwards
+    num_prompt_tokens num_running num_waiting offloaded ours padded peak_blocks_in_use prefix_queries scores
+"""
+
 # `nitpicky` reports every type without an entry in this reference. What has none, and why:
 nitpick_ignore_regex = [
     ("py:class", r"(torch|transformers|prometheus_client)\..*|CollectorRegistry"),  # other libraries' own documentation
     ("py:class", r"(collections\.abc|pathlib|os)\..*"),  # Python's; no network while this is built
     ("py:class", r"paged_cache\.(batching\.(request|batcher|events)|pool_map|patching|model_spec|memory\.layout)\.\w+"),
     ("py:class", r"paged_cache\.(planning\.(weights|states|kinds)|observability\.families)\.\w+"),  # ours, not public
-    ("py:class", r"[a-z_]+"),  # attributes that share a line: "allocated, freed: Blocks ..."
+    ("py:class", "|".join(SHARE_A_LINE.split())),
     ("py:class", r"dict\[str"),  # the alias Case, which Sphinx cuts at its comma
 ]
 
@@ -80,8 +86,17 @@ def keep_sentence(app: Any, what: str, name: str, value: Any, options: Any, line
         lines[0] = lines[0].replace(": ", " – ")
 
 
+def only_modules_with_source(app: Any) -> list[Any]:
+    """What has no source, such as builtins, gets no link in the list of modules; called before viewcode writes it."""
+    modules = getattr(app.env, "_viewcode_modules", {})
+    for name in [name for name, entry in modules.items() if not entry]:
+        del modules[name]
+    return []
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", keep_sentence, priority=400)  # before napoleon's
     app.connect("builder-inited", copy_pages)
     app.connect("source-read", read_page)
+    app.connect("html-collect-pages", only_modules_with_source, priority=400)  # before viewcode's

@@ -235,7 +235,12 @@ def _rich(grid: Grid, in_lines: bool) -> Table:
         title_style="italic",
     )
     for i, name in enumerate(grid.header):
-        table.add_column(name, justify="left" if i < grid.num_keys else "right", header_style="bold")
+        table.add_column(
+            name,
+            justify="left" if i < grid.num_keys else "right",
+            header_style="bold",
+            no_wrap=name == "",
+        )
     gap = "\n" if in_lines else " "
     for cells, is_last in _with_ends(grid):
         row = [Text.assemble(text, (gap + dim, "dim")) if dim else Text(text) for text, dim in cells]

@@ -140,7 +140,8 @@ def _watch(parts: Parts, batcher: Any, model: Any) -> None:
     parts.watch(engine.forward.inner, "_grow", "blocks and slots")
     parts.watch(engine.forward.inner._manager, "commit_all", "prefix index")
     parts.watch(processing, "choose", CHOOSING)
-    parts.watch(engine.outputs, "process", "requests and handles")
+    for method in ("choose", "give"):
+        parts.watch(engine.outputs, method, "requests and handles")
     parts.watch(model, "forward", MODEL)
     parts.watch(engine.forward.inner._cache, "update", UPDATE)
     code = sys.modules[type(model).__module__]

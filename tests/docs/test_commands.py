@@ -1,4 +1,9 @@
-"""Every command in the Markdown exists and takes the options that it is given; the cheap ones run."""
+"""Every command in the Markdown exists and takes the options that it is given.
+
+Only the arguments are read: what the pages ask for takes minutes to hours, or needs a GPU, another environment or the network. Run are
+plans and `make help`; `make` else says what it would do, extras of `pip` are looked up, `git` and `pre-commit` are not checked.
+`test_commands_run.py` runs each subcommand of `paged-cache` at a small size, `tests/test_examples.py` the examples.
+"""
 
 import argparse
 import os

@@ -174,7 +174,7 @@ def _draw_boxes(axes: "Axes", cells: list[_Cell], heights: list[float], **style:
         return
     x, low = array([cell.x for cell in cells]), array([cell.y + 0.94 for cell in cells])
     left, right, high = x + 0.06, x + 0.94, low - array(heights)
-    corners = stack([left, low, right, low, right, high, left, high], axis=1)
+    corners: Any = stack([left, low, right, low, right, high, left, high], axis=1)
     axes.add_collection(PolyCollection(corners.reshape(-1, 4, 2), **style), autolim=False).set_in_layout(False)
 
 

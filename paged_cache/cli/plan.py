@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InvalidRequestError
 from .errors import readable_errors
 
 _Memory = Annotated[
@@ -21,6 +22,9 @@ _Trace = Annotated[
         help="Lengths of requests: a CSV file with columns prompt and output, or 'azure': 256 conversations in the package.",
         show_default="azure, scaled to the context",
     ),
+]
+_TraceScale = Annotated[
+    float | None, typer.Option(help="Number by which the lengths of --trace are divided.", show_default="1")
 ]
 _WeightsMemory = Annotated[
     str, typer.Option(help="Memory that the weights take, such as '16GB'.", show_default="computed from the config")
@@ -66,7 +70,7 @@ def plan(
     prompt_len: _PromptLen = None,
     output_len: _OutputLen = None,
     trace: _Trace = "",
-    trace_scale: Annotated[float, typer.Option(help="Number by which the lengths of --trace are divided.")] = 1.0,
+    trace_scale: _TraceScale = None,
     shared_prefix_len: _SharedPrefixLen = 0,
     num_beams: Annotated[int, typer.Option(help="Rows of each request: beams or answers to one prompt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -79,6 +83,8 @@ def plan(
     from .plan_tables import show
 
     with readable_errors():
+        if trace_scale is not None and not trace:
+            raise InvalidRequestError(f"--trace-scale is {trace_scale}, but there is no --trace that it divides.")
         made = make_plan(
             Path(model).expanduser() if model.startswith("~") else model,
             memory=memory or None,
@@ -91,7 +97,7 @@ def plan(
             context=context,
             prompt_len=prompt_len,
             output_len=output_len,
-            requests=read_trace(trace, trace_scale) if trace else None,
+            requests=read_trace(trace, 1.0 if trace_scale is None else trace_scale) if trace else None,
             shared_prefix_len=shared_prefix_len,
             num_beams=num_beams,
         )

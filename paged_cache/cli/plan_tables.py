@@ -12,7 +12,10 @@ WORDS = {
     "contiguous": "contiguous: each row reserves the context (StaticCache)",
     "padded": "padded batch: rows as long as the longest, all at once (DynamicCache)",
     "paged": "paged: blocks for the tokens that are there (BlockPool)",
+    "one pass": "paged, in one call of generate: prompts are read whole, also by layers with a window (PagedCache)",
 }
+CHUNKS = ", prompts read in chunks (ContinuousBatcher)"
+"""What the number of requests in blocks rests on where layers have windows."""
 
 
 def show(plan: Plan, name: str, console: Console) -> None:
@@ -90,7 +93,7 @@ def _requests(plan: Plan) -> Table:
     table.add_column("memory")
     table.add_column("per request", justify="right")
     table.add_column("requests", justify="right")
-    for way in (plan.contiguous, plan.padded, plan.paged):
+    for way in (plan.contiguous, plan.padded, plan.paged, *([plan.one_pass] if any(plan.windows) else [])):
         table.add_row(_words(way, plan), format_bytes(way.bytes_per_request), f"{way.num_requests:,}")
     return table
 
@@ -98,11 +101,13 @@ def _requests(plan: Plan) -> Table:
 def _words(way: Way, plan: Plan) -> str:
     reserved = f"; {plan.context:,} tokens" if way.name == "contiguous" else ""
     shared = f"; {format_bytes(way.shared_bytes)} once for all" if way.shared_bytes else ""
-    return WORDS[way.name] + reserved + shared
+    chunks = CHUNKS if way.name == "paged" and any(plan.windows) else ""
+    return WORDS[way.name] + chunks + reserved + shared
 
 
 def _contexts(plan: Plan) -> Table:
-    table = Table(title="Requests of one length, one row each, nothing shared", title_justify="left")
+    chunks = CHUNKS if any(plan.windows) else ""
+    table = Table(title=f"Requests of one length, one row each, nothing shared{chunks}", title_justify="left")
     for name in ("tokens", "K and V", "paged", f"contiguous, {plan.context:,} reserved"):
         table.add_column(name, justify="right")
     for line in plan.contexts:

@@ -14,9 +14,10 @@ from ..memory.layout import plan_layout
 from ..memory.storage import itemsizes
 from ..memory.windows import Windows
 from ..model_spec import ModelSpec, model_spec
-from ..sizes import KV_DTYPES, as_share, check_block_size, check_dtypes, num_blocks_for, parse_memory, unit_hint
+from ..sizes import KV_DTYPES, check_block_size, check_dtypes, num_blocks_for
+from .budget import available, given_weights, memory_and_reserve, source_of
 from .configs import check_generates, dtype_of, max_positions, read_config
-from .kinds import LayerKind, format_bytes, layer_kinds
+from .kinds import LayerKind, layer_kinds
 from .notes import notes_on
 from .requests import ContextLine, Lengths, Room, Way, contexts_up_to
 from .states import Probe, States, has_states, probe
@@ -24,7 +25,6 @@ from .traces import usual_requests
 from .weights import Weights, meta_model, require_generator, weights_of
 
 UNKNOWN_CONTEXT = 4096
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Plan:
         num_tokens: That fit into the blocks if every layer keeps all of them: `BlockPool.num_tokens`.
         context: Tokens that contiguous memory reserves for each row.
         lengths: The requests.
-        contiguous, padded, paged: How many of them fit.
+        contiguous, padded, paged: How many of them fit; in blocks, where prompts are read in chunks, as `ContinuousBatcher` does.
+        one_pass: How many fit in blocks in one call of `generate`, which reads prompts whole: fewer if layers have windows.
         contexts: How many fit of each length.
         notes: What else is to be known, in sentences.
     """
@@ -80,6 +81,7 @@ class Plan:
     contiguous: Way
     padded: Way
     paged: Way
+    one_pass: Way
     contexts: tuple[ContextLine, ...]
     notes: tuple[str, ...]
 
@@ -152,53 +154,36 @@ def plan(
     check_block_size(block_size)
     model_dtype, dtype_source = dtype_of(config, dtype)
     model_dtype, stored = check_dtypes(None, kv_dtype, model_dtype)
-    total, reserve = _memory(memory, overhead)
+    total, reserve = memory_and_reserve(memory, overhead)
     spec = _spec(config)
-    weights, probed = _model(config, spec, model_dtype, weights_memory, with_weights)
+    weights, probed = _model(config, spec, model_dtype, given_weights(weights_memory, with_weights))
     states = probed.states if probed is not None else None if has_states(spec) else States()
-    available = _available(total, reserve, weights)
+    left = available(total, reserve, weights)
     layout = plan_layout(spec.layers)
     block_nbytes = layout.entry_bytes_per_token(*itemsizes(stored)) * block_size
     limit = max_positions(spec.config)
     lengths, context = _lengths(
-        context or limit or UNKNOWN_CONTEXT, prompt_len, output_len, requests, shared_prefix_len, num_beams
+        (limit or UNKNOWN_CONTEXT) if context is None else context,
+        prompt_len,
+        output_len,
+        requests,
+        shared_prefix_len,
+        num_beams,
     )
     kinds = layer_kinds(spec, *itemsizes(stored))
     windows = Windows(layout.windows, block_size)
     room = Room(
-        available, context, windows, block_size, block_nbytes, kinds, model_dtype.itemsize, states or States(), spec.is_prefix_exact
+        left, context, windows, block_size, block_nbytes, kinds, model_dtype.itemsize, states or States(), spec.is_prefix_exact
     )  # fmt: skip
     paged = room.paged(lengths)
-    pool_memory = available - _outside(paged, room, lengths)
+    pool_memory = left - _outside(paged, room, lengths)
     num_blocks = num_blocks_for(None, pool_memory, {torch.device("cpu"): block_nbytes})
     return Plan(
-        config.model_type, total, _source(memory), model_dtype, dtype_source, stored, weights, reserve, available, kinds,
+        config.model_type, total, source_of(memory), model_dtype, dtype_source, stored, weights, reserve, left, kinds,
         layout.bytes_per_token(*itemsizes(stored)), states, layout.windows, block_size, block_nbytes, num_blocks, pool_memory,
         num_blocks // len(layout.windows) * block_size, context, lengths, room.contiguous(lengths), room.padded(lengths), paged,
-        room.lines(contexts_up_to(context)), notes_on(config, spec, layout, probed, states, limit, context, lengths),
+        room.one_pass(lengths), room.lines(contexts_up_to(context)), notes_on(config, spec, layout, probed, states, limit, context, lengths),
     )  # fmt: skip
-
-
-def _memory(memory: Any, overhead: float) -> tuple[int, int]:
-    """All bytes, and those kept free."""
-    if not 0 <= overhead < 1:
-        raise InvalidRequestError(
-            f"overhead is {overhead!r}; it is a share of the memory, from 0 to below 1, such as 0.1."
-        )
-    total = parse_memory(1.0 if memory is None else memory, DEVICE)
-    if hint := unit_hint(memory):
-        raise InvalidRequestError(f"memory is {memory!r}: nothing fits.{hint}")
-    return total, int(total * overhead)
-
-
-def _source(memory: Any) -> str:
-    """Whose memory a share, or nothing, stands for."""
-    share = as_share(1.0 if memory is None else memory)
-    if not isinstance(share, float):
-        return ""
-    where = "the GPU of this machine" if DEVICE.type == "cuda" else "the RAM of this machine, which has no GPU"
-    part = "what" if share == 1 else f"{share:.0%} of what"
-    return f"{part} is free now in {where}; --memory plans for another one"
 
 
 def _spec(config: PreTrainedConfig) -> ModelSpec:
@@ -220,35 +205,19 @@ def _spec(config: PreTrainedConfig) -> ModelSpec:
 
 
 def _model(
-    config: PreTrainedConfig, spec: ModelSpec, dtype: torch.dtype, weights_memory: Any, with_weights: bool
+    config: PreTrainedConfig, spec: ModelSpec, dtype: torch.dtype, given: tuple[int, str] | None
 ) -> tuple[Weights, Probe | None]:
     """Weights, and what a forward leaves in a cache, from the model on the meta device."""
-    nbytes = 0 if not with_weights else None
-    note = "not in this memory"
-    if with_weights and weights_memory is not None:
-        nbytes, note = parse_memory(weights_memory, torch.device("cpu"), "weights_memory"), "as given"
     try:
         with quiet():
             model = meta_model(config, dtype)
             probed = probe(model, spec)
     except UnsupportedModelError as error:
-        if nbytes is None:
+        if given is None:
             raise UnsupportedModelError(f"{error} Without it weights cannot be counted: say weights_memory.") from error
-        return Weights(None, nbytes, note), None
+        return Weights(None, *given), None
     weights = weights_of(model, config, dtype)
-    return weights if nbytes is None else replace(weights, nbytes=nbytes, note=note), probed
-
-
-def _available(total: int, reserve: int, weights: Weights) -> int:
-    missing = weights.nbytes + reserve - total
-    if missing >= 0:
-        raise InvalidRequestError(
-            f"memory is {format_bytes(total)}: the weights take {format_bytes(weights.nbytes)} ({weights.note}) and "
-            f"{format_bytes(reserve)} are kept for activations, {format_bytes(missing)} more than there is and nothing left for K and "
-            "V. Take more memory, a smaller dtype, quantised weights, a smaller overhead, or leave the weights out if they are "
-            "elsewhere."
-        )
-    return -missing
+    return weights if given is None else replace(weights, nbytes=given[0], note=given[1]), probed
 
 
 def _lengths(

@@ -1,7 +1,7 @@
 """How many requests fit: each in memory of its own, as rows of a padded batch, and in blocks."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..memory.windows import Windows
 from .kinds import LayerKind
@@ -51,8 +51,8 @@ class Way:
     """One way to hold the requests.
 
     Attributes:
-        name: "contiguous", "padded" or "paged".
-        bytes_per_request: K, V and states of one request at its end, on average, without what all share.
+        name: "contiguous", "padded", "paged" or "one pass".
+        bytes_per_request: K, V and states of one request when it holds most, on average, without what all share.
         shared_bytes: What all share.
         num_requests: How many fit.
     """
@@ -114,12 +114,22 @@ class Room:
         return self._rows("padded", lengths.longest - 1, lengths.num_beams)
 
     def paged(self, lengths: Lengths) -> Way:
-        """As in a `BlockPool`: every row has the blocks that its tokens need, the last one partly filled."""
+        """As in a `BlockPool` at the end of all requests: every row has the blocks that its tokens need, the last one partly filled."""
+        return self._in_blocks("paged", lengths, self.windows)
+
+    def one_pass(self, lengths: Lengths) -> Way:
+        """As in one `generate` with a `PagedCache`: until all prompts are read, layers with a window hold them whole as well."""
+        name, whole = "one pass", Windows([None] * len(self.windows), self.block_size)
+        prompts = replace(lengths, requests=tuple((prompt, 1) for prompt, _ in lengths.requests))
+        read, end = self._in_blocks(name, prompts, whole), self.paged(lengths)
+        return read if read.num_requests < end.num_requests else replace(end, name=name)
+
+    def _in_blocks(self, name: str, lengths: Lengths, windows: Windows) -> Way:
         prefix = lengths.shared_prefix_len // self.block_size if self.shares else 0
-        shared = sum(self.windows.held(prefix)) * self.block_nbytes
-        total = sum(self._paged_bytes(prompt, output, lengths, prefix) for prompt, output in lengths.requests)
+        shared = sum(windows.held(prefix)) * self.block_nbytes
+        total = sum(self._paged_bytes(prompt, output, lengths, prefix, windows) for prompt, output in lengths.requests)
         count = len(lengths.requests)
-        return Way("paged", total / count, shared, max(self.memory - shared, 0) * count // total)
+        return Way(name, total / count, shared, max(self.memory - shared, 0) * count // total)
 
     def lines(self, contexts: Iterable[int]) -> tuple[ContextLine, ...]:
         """Requests of these lengths, each with a prompt of its own and one row."""
@@ -138,18 +148,18 @@ class Room:
         nbytes = num_rows * (keys_and_values * self.itemsize + self._state_bytes(num_tokens))
         return Way(name, nbytes, 0, self.memory // nbytes)
 
-    def _paged_bytes(self, prompt: int, output: int, lengths: Lengths, prefix: int) -> int:
+    def _paged_bytes(self, prompt: int, output: int, lengths: Lengths, prefix: int, windows: Windows) -> int:
         prompt += lengths.shared_prefix_len
         num_tokens = prompt + output - 1  # the last one is never fed back
-        blocks = self._blocks(prompt, num_tokens, lengths.num_beams, prefix)
+        blocks = self._blocks(prompt, num_tokens, lengths.num_beams, prefix, windows)
         return blocks * self.block_nbytes + lengths.num_beams * self._state_bytes(num_tokens)
 
-    def _blocks(self, prompt: int, num_tokens: int, num_rows: int, prefix: int) -> int:
+    def _blocks(self, prompt: int, num_tokens: int, num_rows: int, prefix: int, windows: Windows) -> int:
         """Blocks of one request besides the first `prefix`: its rows share the full blocks of its prompt, at best nothing else."""
         total = -(-num_tokens // self.block_size)
         common = prompt // self.block_size if self.shares else 0
         blocks = 0
-        for held in self.windows.held(total):
+        for held in windows.held(total):
             first = max(total - held, prefix)
             blocks += max(common - first, 0) + num_rows * (total - max(first, common))
         return blocks

@@ -1,6 +1,7 @@
 """Lengths of real requests."""
 
 import csv
+import math
 from pathlib import Path
 
 from ..bench.workload import TRACE
@@ -20,8 +21,10 @@ def read_trace(trace: str | Path, scale: float = 1.0) -> list[tuple[int, int]]:
     Raises:
         InvalidRequestError: There is no such file, it has no requests or other columns, or a length is no positive number.
     """
-    if scale <= 0:
-        raise InvalidRequestError(f"the scale of the trace is {scale}; it divides lengths and has to be above 0.")
+    if not 0 < scale < math.inf:
+        raise InvalidRequestError(
+            f"the scale of the trace is {scale}; it divides lengths and has to be a number above 0."
+        )
     path = TRACE if str(trace) == AZURE else Path(trace).expanduser()
     if not path.is_file():
         raise InvalidRequestError(

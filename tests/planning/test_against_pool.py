@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from paged_cache import BlockPool, PagedCache
+from paged_cache import BlockPool, ContinuousBatcher, PagedCache
 from paged_cache.compat import text_config
+from paged_cache.errors import OutOfBlocksError
 from paged_cache.planning import plan
 from paged_cache.planning.weights import meta_model
 from tests.architectures.tiny import ARCHITECTURES, build, config_class_of, tiny_config
@@ -114,3 +115,58 @@ def test_other_shapes_than_the_config_tells_are_noted():
 
     assert any("other shapes than the config tells" in note for note in made.notes)
     assert not any("other shapes" in note for note in plan(tiny("llama"), memory="1GiB").notes)
+
+
+LONG, NEW = 400, 8
+
+
+@pytest.fixture(scope="module")
+def sliding():
+    """A model with a short window in every layer, and what a small memory holds of requests with long prompts."""
+    config = transformers.MistralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=97, max_position_embeddings=512, sliding_window=32, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = plan(
+        config, memory="384KiB", with_weights=False, overhead=0, dtype="float32", prompt_len=LONG, output_len=NEW
+    )
+    return transformers.MistralForCausalLM(config).eval(), made
+
+
+def test_generate_serves_what_is_planned_for_one_pass(sliding):
+    """One `generate` reads the prompts whole: as many rows as planned for one pass fit, and not one more."""
+    of, made = sliding
+
+    def answer(count):
+        ids = torch.arange(count * LONG).view(count, LONG) % 90 + count
+        pool = BlockPool.for_model(of, num_blocks=made.num_blocks)
+        return of.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, past_key_values=PagedCache(pool)
+        )  # fmt: skip
+
+    fits = made.one_pass.num_requests
+    assert 1 < fits < made.paged.num_requests / 3
+    assert answer(fits).shape == (fits, LONG + NEW)
+    with pytest.raises(OutOfBlocksError):
+        answer(fits + 1)
+
+
+def test_the_batcher_serves_what_is_planned_in_chunks(sliding):
+    """`ContinuousBatcher` has as many of these requests under way as are planned in blocks, and puts none of them back."""
+    of, made = sliding
+    count = made.paged.num_requests
+    prompts = [[(7 * i + j) % 90 for j in range(LONG)] for i in range(count)]
+    with ContinuousBatcher(of, BlockPool.for_model(of, num_blocks=made.num_blocks)) as batcher:
+        outputs = batcher.generate(prompts, max_new_tokens=NEW, do_sample=False, progress_bar=False)
+
+        assert [len(output.generated_tokens) for output in outputs] == [NEW] * count
+        assert batcher.stats().num_preemptions == 0
+
+
+def test_without_windows_one_pass_is_no_different():
+    """Layers that keep everything hold most at the end, so that both counts are one."""
+    made = plan(model("llama").config, memory="1MiB", with_weights=False)
+
+    assert made.one_pass.num_requests == made.paged.num_requests > 0
+    assert made.one_pass.bytes_per_request == made.paged.bytes_per_request

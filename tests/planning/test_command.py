@@ -72,6 +72,8 @@ def test_windows_states_and_sharing_in_words(tmp_path):
         "2 rows each",
         "once for all",
         "2 groups",
+        "prompts read in chunks (ContinuousBatcher)",
+        "in one call of generate",
         "int8 with scales",
     ):
         assert text in result.output
@@ -92,6 +94,11 @@ def test_the_model_of_the_package():
         (("--memory", "24"), "did you mean '24GiB'?"),
         (("--memory", "12QB"), "memory is '12QB'; write it like '2GiB'"),
         (("--memory", "24GiB", "--weights-memory", "much"), "weights_memory is 'much'"),
+        (("--memory", "24GiB", "--weights-memory", "0.5"), "weights_memory is '0.5'; it is no share"),
+        (("--memory", "24GiB", "--weights-memory", "3GB", "--no-weights"), "the weights are left out (--no-weights)"),
+        (("--memory", "24GiB", "--trace-scale", "3"), "--trace-scale is 3.0, but there is no --trace"),
+        (("--memory", "24GiB", "--trace", "azure", "--trace-scale", "nan"), "the scale of the trace is nan"),
+        (("--memory", "24GiB", "--context", "0"), "context is 0; it has to be at least 1"),
         (("--memory", "24GiB", "--trace", "nowhere.csv"), "there is no trace nowhere.csv"),
     ],
 )

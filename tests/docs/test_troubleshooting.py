@@ -17,6 +17,9 @@ NOT_ON_THE_PAGE = {
     "paged_cache/kernels/cpu/cache.py": "the same",
     "paged_cache/memory/": "broken bookkeeping: bugs of ours, which the page says in one line for all",
     "paged_cache/bench/": "options of a benchmark, named by the message",
+    "paged_cache/cli/": "options of a command, named by the message; others are on the page",
+    "paged_cache/compare/": "the same",
+    "paged_cache/planning/": "the same",
 }
 
 

@@ -83,21 +83,15 @@ class Dynamic(NoCache):
 
 @dataclass
 class Static(Dynamic):
-    """Allocated once and used again each time; never compiled.
-
-    Attributes:
-        max_cache_len: Columns; without it the next power of two, as before the prompts are known.
-    """
+    """Allocated once, as long as the longest row and its answer, and used again each time; never compiled."""
 
     name: str = "StaticCache"
-    max_cache_len: int | None = None
     _made: StaticCache | None = field(default=None, repr=False)
 
     def _cache(self) -> Any:
         if self._made is None:
             length = max(map(len, self.rows)) + self.num_new
-            columns = self.max_cache_len or 1 << (length - 1).bit_length()
-            self._made = StaticCache(config=self.subject.model.config, max_cache_len=columns)
+            self._made = StaticCache(config=self.subject.model.config, max_cache_len=length)
         else:
             self._made.reset()
         return self._made

@@ -1,9 +1,10 @@
 """Many requests of different lengths at once: everything that serves them, and how long they wait."""
 
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import DynamicCache
@@ -37,6 +38,25 @@ class Serving:
 
 
 @dataclass
+class Live:
+    """Bytes of K and V of requests that are under way, each known by a number, and the most of all together.
+
+    Attributes:
+        peak: So far.
+    """
+
+    peak: int = 0
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def update(self, number: int, nbytes: int) -> None:
+        """What a request holds now; 0 at its end."""
+        with self._lock:
+            self._sizes[number] = nbytes
+            self.peak = max(self.peak, sum(self._sizes.values()))
+
+
+@dataclass
 class Threads:
     """A thread per request, each of which calls `generate` with a cache of its own."""
 
@@ -44,20 +64,24 @@ class Threads:
 
     def serve(self, workload: Workload) -> Run:
         """All threads start at once."""
-        start = time.perf_counter()
+        start, live = time.perf_counter(), Live()
+        requests = zip(workload.prompts, workload.num_new, strict=True)
         with ThreadPoolExecutor(len(workload.prompts)) as threads:
             calls = [
-                threads.submit(self._call, prompt, num_new, start)
-                for prompt, num_new in zip(workload.prompts, workload.num_new, strict=True)
+                threads.submit(self._call, i, prompt, num_new, start, live)
+                for i, (prompt, num_new) in enumerate(requests)
             ]
             answers = [call.result() for call in calls]
-        nbytes = sum(size for _, size in answers)
-        return Run(time.perf_counter() - start, [served for served, _ in answers], nbytes, nbytes)
+        return Run(time.perf_counter() - start, answers, live.peak, live.peak)
 
-    def _call(self, prompt: list[int], num_new: int, start: float) -> tuple[Served, int]:
-        cache, watch = DynamicCache(config=self.subject.model.config), Watch(start)
-        (tokens,) = self.subject.generate([prompt], num_new, cache, streamer=watch)
-        return Served(tokens, watch.moments), _nbytes(cache)
+    def _call(self, number: int, prompt: list[int], num_new: int, start: float, live: Live) -> Served:
+        cache = DynamicCache(config=self.subject.model.config)
+        watch = Watch(start, each=lambda: live.update(number, _nbytes(cache)))
+        try:
+            (tokens,) = self.subject.generate([prompt], num_new, cache, streamer=watch)
+        finally:
+            live.update(number, 0)
+        return Served(tokens, watch.moments)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from ..bench.measuring import Candidate, Sample, Tick, Wrong, measure, settled_heap
 from ..bench.results import Case, Line, Results, environment
 from . import caches, concurrency
-from .caches import CACHES, Alone, Static
+from .caches import CACHES, Alone
 from .subject import Subject
 
 NUM_NEW_OF_CONTEXTS = 16
@@ -224,8 +224,7 @@ class Comparison:
         settings, limit = self.subject.settings, self.subject.context
         num_new = min(settings.max_new_tokens, NUM_NEW_OF_CONTEXTS, limit - length if limit else NUM_NEW_OF_CONTEXTS)
         rows = [self.subject.texts.long_prompt(length)]
-        static = Static(self.subject, rows, num_new, max_cache_len=length + num_new)
-        candidates = [static if kind is Static else kind(self.subject, rows, num_new) for kind in CACHES]
+        candidates = [kind(self.subject, rows, num_new) for kind in CACHES]
         reference = Alone(self.subject, rows, [num_new])
         return Phase({CONTEXT: length}, candidates, reference, settings.rounds, 1, is_exact=settings.is_exact)
 

@@ -207,8 +207,8 @@ PANELS = (
     Panel(
         "memory",
         "Memory for keys and values",
-        "A DynamicCache is as wide as the longest row of its batch, a StaticCache as long as was guessed before the prompts "
-        "were known, a PagedCache holds blocks of 16 tokens. The dotted line is what the tokens themselves need.",
+        "A DynamicCache is as wide as the longest row of its batch, a StaticCache as that row and its "
+        "answer from the start, a PagedCache holds blocks of 16 tokens. The dotted line is what the tokens themselves need.",
         BATCH,
         _memory,
     ),

@@ -1,5 +1,6 @@
 """What is compared, and how long it may take."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from ..errors import InvalidRequestError
 
 NUM_NEW_WITHOUT_CACHE = 4
 """Most tokens that are generated without a cache: each of them costs as much as the first one."""
+MOST_AT_ONCE = 1024
+"""Rows of a batch, and requests at once: a thread, a prompt and an answer of the reference for each."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,7 +28,8 @@ class Settings:
         batch_size: Rows of the largest batch; 0 for as many as there are prompts.
         contexts: Tokens of the prompts whose latency is measured.
         concurrency: Numbers of requests that are served at once; empty to leave that part out.
-        input_len: Tokens of the longest prompt, where prompts are not given.
+        input_len: Tokens of the longest prompt, where prompts are not given; None for the usual ones, or fewer if the model
+            reads no more.
         device, dtype, seed: Of the model, and of random tokens.
         rounds: That are timed.
         time_budget: Seconds that the measurements over the context may take.
@@ -55,10 +59,25 @@ class Settings:
         for name in ("contexts", "concurrency"):
             if any(value < 1 for value in getattr(self, name)):
                 raise InvalidRequestError(f"{name} is {list(getattr(self, name))}; all have to be at least 1.")
+        self._check_sizes()
         if empty := [text for text in self.prompts if not text.strip()]:
             raise InvalidRequestError(
                 f"the prompt {empty[0]!r} is empty (--prompt, --prompts-file); give it some text."
             )
+
+    def _check_sizes(self) -> None:
+        """What would take memory or time without end."""
+        if self.input_len is not None and self.input_len < 1:
+            raise InvalidRequestError(f"input_len is {self.input_len}; at least 1 is needed.")
+        if self.input_len is not None and self.prompts:
+            raise InvalidRequestError(
+                f"input_len is {self.input_len}, but prompts are given, which have lengths of their own: leave one of them out."
+            )
+        if not 0 <= self.time_budget < math.inf:
+            raise InvalidRequestError(f"time_budget is {self.time_budget}; give seconds, at least 0.")
+        for name, most in {"batch_size": self.rows, "concurrency": max(self.concurrency, default=0)}.items():
+            if most > MOST_AT_ONCE:
+                raise InvalidRequestError(f"{name} is {most}; at most {MOST_AT_ONCE} are compared.")
 
     @property
     def rows(self) -> int:
@@ -88,7 +107,6 @@ QUICK: dict[str, Any] = {
     "batch_size": 3,
     "contexts": (32, 64),
     "concurrency": (1, 3),
-    "input_len": 24,
     "rounds": 1,
     "is_quick": True,
 }

@@ -18,8 +18,8 @@ from ..errors import InvalidRequestError
 from .settings import Settings
 
 SOURCES = (textwrap, queue, heapq, json.decoder, statistics, string, bisect)
-LONGEST = 192
-"""Tokens of a prompt, unless `input_len` says otherwise."""
+LONGEST, LONGEST_QUICK = 192, 24
+"""Tokens of a prompt, unless `input_len` says otherwise; the second one with --quick."""
 SHORTEST = 8
 CHARACTERS = 8
 """More than a token has, on average."""
@@ -51,7 +51,14 @@ class Texts:
             if not all(rows):
                 raise InvalidRequestError("a prompt is empty for this tokenizer; give it some text.")
             return [rows[i % len(rows)] for i in range(count)]
-        most = min(self._settings.input_len or LONGEST, longest or LONGEST)
+        asked = self._settings.input_len
+        if asked and longest and asked > longest:
+            raise InvalidRequestError(
+                f"input_len is {asked}: with {self._settings.max_new_tokens} new tokens, prompts of this model have at most "
+                f"{longest}. Give a smaller --input-len or --max-new-tokens."
+            )
+        usual = LONGEST_QUICK if self._settings.is_quick else LONGEST
+        most = asked or min(usual, longest or usual)
         lengths = spread(SHORTEST, most, count)
         self._random.shuffle(lengths)
         return [self._piece(i, length) for i, length in enumerate(lengths)]
@@ -70,8 +77,8 @@ class Texts:
         lines = inspect.getsource(SOURCES[number % len(SOURCES)]).splitlines(keepends=True)
         first = 7 * number % (len(lines) // 2)
         text = "".join(lines[first:] + lines)
-        ids: list[int] = self._tokenizer(text[: CHARACTERS * length], verbose=False)["input_ids"][:length]
-        return ids
+        ids: list[int] = self._tokenizer(text[: CHARACTERS * length], verbose=False)["input_ids"]
+        return (ids * -(-length // len(ids)))[:length]
 
     def _random_ids(self, length: int) -> list[int]:
         return self._random.choices(range(1, self._vocab_size), k=length)

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import pytest
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from paged_cache.bench.measuring import Sample
 from paged_cache.bench.results import Line, Results
 from paged_cache.bench.serving.peers import GENERATE_BATCH
+from paged_cache.bench.workload import Workload
 from paged_cache.cli import app
 from paged_cache.cli.compare import numbers, read_prompts
-from paged_cache.compare import caches
+from paged_cache.compare import caches, concurrency, report
 from paged_cache.compare.caches import Alone, Dynamic, NoCache, Paged, Static
+from paged_cache.compare.concurrency import Live, Threads
 from paged_cache.compare.findings import QUICK, findings
 from paged_cache.compare.measuring import OURS, SECTIONS, Comparison, Phase, faults, part, section
 from paged_cache.compare.page import origin, save_html
@@ -181,14 +184,12 @@ def test_memory_is_counted_by_hand():
     per_token = config.n_layer * 2 * config.n_embd * 4
     found = {kind.name: kind(of, of.prompts, 4).run().metrics for kind in (NoCache, Dynamic, Static, Paged)}
 
-    exact = Static(of, of.prompts, 4, max_cache_len=9).run().metrics
-    assert exact["reserved_bytes"] == 2 * 9 * per_token
     names = ("reserved_bytes", "used_bytes", "wasted_bytes")
     tokens = {name: tuple(sample[key] / per_token for key in names) for name, sample in found.items()}
     assert tokens == {
         "no KV cache": (0, 0, 0),
         "DynamicCache": (2 * 8, 6 + 8, 2),
-        "StaticCache": (2 * 16, 6 + 8, 18),
+        "StaticCache": (2 * 9, 6 + 8, 4),
         "PagedCache": (2 * 16, 6 + 8, 18),
     }
 
@@ -330,6 +331,14 @@ def test_models_that_have_no_keys(tmp_path):
         (("--concurrency", "0"), "concurrency is [0]; all have to be at least 1"),
         (("--dtype", "float8"), "the dtype is 'float8'; give one of float32"),
         (("--max-new-tokens", 1), "max_new_tokens is 1; at least 2"),
+        (("--input-len", 0), "input_len is 0; at least 1 is needed"),
+        (("--input-len", -5), "input_len is -5; at least 1 is needed"),
+        (("--input-len", 100000), "input_len is 100000: with 6 new tokens, prompts of this model have at most 4090"),
+        (("--input-len", 20, "--prompt", "x = 1"), "input_len is 20, but prompts are given"),
+        (("--time-budget", -5), "time_budget is -5.0; give seconds"),
+        (("--time-budget", "nan"), "time_budget is nan; give seconds"),
+        (("--batch-size", 999999), "batch_size is 999999; at most 1024"),
+        (("--concurrency", "1,999999"), "concurrency is 999999; at most 1024"),
         (("--device", "nowhere"), "the device 'nowhere' cannot be used"),
         (("--max-new-tokens", 5000), "more than the model's context of 4096"),
         (("--prompt", " "), "the prompt ' ' is empty (--prompt, --prompts-file)"),
@@ -422,6 +431,43 @@ def test_made_prompts_differ():
     assert len({tuple(row) for row in of.prompts}) == 16
     assert (min(map(len, of.prompts)), max(map(len, of.prompts))) == (8, 192)
     assert len(of.texts.long_prompt(300)) == 300
+
+
+def test_long_prompts_are_as_long_as_asked():
+    """A length beyond the usual one, and beyond a piece of text, is the length of the longest prompt."""
+    of = load_subject(Settings(batch_size=3, concurrency=(), input_len=4000))
+
+    assert max(map(len, of.prompts)) == 4000
+
+
+def test_wrong_settings_are_found_before_anything_is_loaded(monkeypatch):
+    """Sizes that make no sense are refused without a look at the model."""
+    monkeypatch.setattr(report, "load_subject", lambda settings: pytest.fail("the model was loaded"))
+    for option, value in {"--input-len": 0, "--batch-size": 999999, "--time-budget": "nan"}.items():
+        assert run(option, value).exit_code == 1
+
+
+def test_the_peak_of_threads_is_of_one_moment():
+    """Requests that are over hold nothing: one behind the other, the peak is that of the largest."""
+    live = Live()
+    for number, sizes in enumerate([(3, 5, 0), (4, 6, 0)]):
+        for size in sizes:
+            live.update(number, size)
+    assert live.peak == 6
+    for number, size in enumerate((5, 6)):
+        live.update(number, size)
+    assert live.peak == 11
+
+
+def test_threads_let_go_of_what_is_over(monkeypatch):
+    """In a pool of one thread, requests come one after the other: the peak is the largest cache, not the sum."""
+    of = subject("gpt2", (20, 30, 10))
+    monkeypatch.setattr(concurrency, "ThreadPoolExecutor", lambda count: ThreadPoolExecutor(1))
+    served = Threads(of).serve(Workload(of.prompts, [4, 4, 4]))
+    per_token = of.model.config.n_layer * 2 * of.model.config.n_embd * 4
+
+    assert served.requests[1].tokens == of.answer(of.prompts[1], 4)
+    assert served.kv_in_use == served.kv_allocated == (30 + 3) * per_token
 
 
 def test_numbers():

@@ -37,7 +37,7 @@ class Texts:
     def __init__(self, tokenizer: Any, config: Any, settings: Settings) -> None:
         if tokenizer is None and settings.prompts:
             raise InvalidRequestError(
-                f"{settings.model} has no tokenizer for {settings.prompts[0]!r}: give --input-len."
+                f"{settings.model} has no tokenizer for {settings.prompts[0]!r}: give --input-len instead of prompts."
             )
         self._tokenizer, self._settings = tokenizer, settings
         self._vocab_size = int(text_config(config).vocab_size)

@@ -20,7 +20,7 @@ from paged_cache.integrations.lora import adapter_folders
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", nargs="?", default=tempfile.mkdtemp())
-parser.add_argument("--steps", type=int, default=40, help="per adapter")
+parser.add_argument("--steps", type=int, default=20, help="per adapter")
 args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
 base: Any = AutoModelForCausalLM.from_pretrained(MODEL_PATH)

@@ -17,7 +17,7 @@ from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
 from .pool_stats import PoolStats
 from .saved_prefixes import SavesPrefixes
-from .sizes import check_block_size, check_dtypes, num_blocks_for, num_host_blocks_for
+from .sizes import check_block_size, check_dtypes, format_bytes, num_blocks_for, num_host_blocks_for
 from .weights import WeightsVersion
 
 
@@ -245,10 +245,10 @@ class BlockPool(SavesPrefixes):
         self.storage.copy_blocks(pairs)  # looked up now: the pool may have been laid out again
 
     def describe(self) -> str:
-        """One line: blocks, tokens, GiB, bytes per token."""
+        """One line: blocks, tokens, memory, bytes per token."""
         groups = len(self.storage.layout.windows)
         return (
-            f"{self.num_blocks} blocks of {self.block_size} tokens, {self.nbytes / 2**30:.3f} GiB of {self.kv_dtype} on "
+            f"{self.num_blocks} blocks of {self.block_size} tokens, {format_bytes(self.nbytes)} of {self.kv_dtype} on "
             f"{', '.join(map(str, self.devices))}, {self.bytes_per_token} bytes per token, room for {self.num_tokens} tokens"
             + (f" ({groups} layer groups; windows return blocks)" if groups > 1 else "")
         )

@@ -7,6 +7,7 @@ from typing import Any
 from ..compat import layer_configs
 from ..memory.layout import LayerSpec
 from ..model_spec import ModelSpec
+from ..sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,6 @@ def layer_kinds(spec: ModelSpec, itemsize: int, scale_itemsize: int) -> tuple[La
         )
         for (layer, heads, is_latent, expanded), count in counts.items()
     )  # fmt: skip
-
-
-def format_bytes(count: float) -> str:
-    """In the binary unit that suits: 524288 -> "512 KiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"
 
 
 def _attention(layer: LayerSpec, config: Any) -> tuple[int | None, bool, int]:

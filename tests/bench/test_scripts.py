@@ -244,6 +244,7 @@ def test_prompts_have_the_lengths_of_the_trace():
 def test_quick_runs_write_nothing(monkeypatch, capsys):
     """Without --output a smoke test leaves the committed numbers alone, and shows its tables."""
     script = load("bench_allocation.py")
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(Results, "save", lambda *_: pytest.fail("written"))
     script["main"](["--quick", "--requests", "3"])
 

@@ -295,11 +295,11 @@ def test_share_of_free_memory():
 
 
 def test_one_log_line(caplog):
-    """`for_model` says what it made: blocks, tokens, GiB, bytes per token."""
+    """`for_model` says what it made: blocks, tokens, KiB, bytes per token."""
     with caplog.at_level(logging.INFO, logger="paged_cache"):
         pool = BlockPool.for_model(model("llama"), num_blocks=12)
     (line,) = [record.getMessage() for record in caplog.records]
-    for part in ("12 blocks", "192 tokens", "GiB", f"{pool.bytes_per_token} bytes per token"):
+    for part in ("12 blocks", "192 tokens", "KiB", f"{pool.bytes_per_token} bytes per token"):
         assert part in line
 
 

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from paged_cache.bench.results import Results
 from paged_cache.cli import app
 
+pytestmark = pytest.mark.slow  # says nothing about the installed transformers
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_MEASURED = {

@@ -16,6 +16,8 @@ from paged_cache.bench.results import Results
 from paged_cache.cli import app
 from paged_cache.memory import storage
 
+pytestmark = pytest.mark.slow  # says nothing about the installed transformers
+
 TOLERANCE = 1e-4
 CEILINGS = machines.Ceilings(1.0, 1.0, 1.0, {"float32": 1.0})
 SETTINGS = {"device": "cpu"}

@@ -12,6 +12,8 @@ from paged_cache.bench.results import Goal, Line, Results
 from paged_cache.cli import app
 from paged_cache.errors import InvalidRequestError
 
+pytestmark = pytest.mark.slow  # says nothing about the installed transformers
+
 TIME = "elapsed_time"
 
 

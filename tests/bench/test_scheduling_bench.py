@@ -11,6 +11,8 @@ from paged_cache.bench.scheduling import benchmark, measuring, simulator, worklo
 from paged_cache.bench.scheduling.goals import goals
 from paged_cache.cli import app
 
+pytestmark = pytest.mark.slow  # says nothing about the installed transformers
+
 
 def test_it_runs(tmp_path):
     """Every candidate is measured against both baselines, and there is a picture; the runs in full have goals."""

@@ -13,7 +13,7 @@ from paged_cache.bench.results import Line, OtherSettingsError, Results
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]  # says nothing about the installed transformers
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,6 +9,8 @@ from paged_cache.bench.metrics import Metric, digits, ratio_text
 from paged_cache.bench.results import Goal, Line, Results, Spread
 from paged_cache.bench.tables import markdown, show
 
+pytestmark = pytest.mark.slow  # says nothing about the installed transformers
+
 COLUMNS = [
     "elapsed_time",
     "tokens_per_second",

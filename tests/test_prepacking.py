@@ -19,6 +19,7 @@ from paged_cache import (
     prepacking,
 )
 from tests.architectures.tiny import build
+from tests.packed_calls import count_packed_calls
 
 pytestmark = pytest.mark.skipif(not prepacking.packed_dtypes(), reason="torch has no oneDNN here")
 
@@ -26,16 +27,8 @@ pytestmark = pytest.mark.skipif(not prepacking.packed_dtypes(), reason="torch ha
 @pytest.fixture
 def calls(monkeypatch):
     """Numbers of rows that the packed path was called with; it takes calls of any size."""
-    found = []
-    real = prepacking.linear_with_packed
-
-    def counted(x, packed, bias):
-        found.append(x.numel() // x.shape[-1])
-        return real(x, packed, bias)
-
-    monkeypatch.setattr(prepacking, "linear_with_packed", counted)
     monkeypatch.setattr(prepacking, "MIN_PRODUCTS", 1)
-    return found
+    return count_packed_calls(monkeypatch)
 
 
 @pytest.fixture

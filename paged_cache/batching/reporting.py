@@ -1,11 +1,11 @@
 """Reports of an engine: events are made where things happen and told to observers behind the step."""
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from ..compat import logger
 from .events import Event, Finished, Generated, Idle, Observer, Preempted, Prefilled, Queued, Scheduled, StepDone
 from .handle import RequestHandle
 from .output import RequestOutput
@@ -13,8 +13,6 @@ from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .request import Chunk, Request
 from .scheduler import Scheduler
-
-logger = logging.getLogger("paged_cache")
 
 Ending: TypeAlias = tuple[RequestHandle, RequestOutput]
 """A handle that is to end, and with what."""
@@ -114,7 +112,7 @@ class Reports:
     def _call(self, observer: Observer, event: Event) -> None:
         try:
             observer(event)
-        except Exception:  # an observer may raise anything; no request is to suffer
+        except Exception:  # noqa: BLE001 (an observer may raise anything; no request is to suffer)
             logger.exception("observer %r failed at %r and is called no more", observer, event)
             self.remove(observer)
 

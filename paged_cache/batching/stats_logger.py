@@ -4,10 +4,9 @@ import logging
 from collections import deque
 from typing import Any
 
+from ..compat import logger
 from ..errors import InvalidRequestError
 from .events import Event, Idle, Scheduled, StepDone
-
-logger = logging.getLogger("paged_cache")
 
 INTERVAL = 5.0
 RECENT_REQUESTS = 1000

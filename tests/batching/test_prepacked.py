@@ -23,6 +23,7 @@ from tests.architectures.tiny import build
 from tests.batching.alone import alone, prompt
 from tests.integrations.pipes import TEXTS, make_pipe
 from tests.models import assert_whole, poisoned_pool
+from tests.packed_calls import count_packed_calls
 
 pytestmark = pytest.mark.skipif(not prepacking.packed_dtypes(), reason="torch has no oneDNN here")
 
@@ -30,15 +31,7 @@ pytestmark = pytest.mark.skipif(not prepacking.packed_dtypes(), reason="torch ha
 @pytest.fixture
 def calls(monkeypatch):
     """Numbers of rows that the packed path was called with."""
-    found = []
-    real = prepacking.linear_with_packed
-
-    def counted(x, packed, bias):
-        found.append(x.numel() // x.shape[-1])
-        return real(x, packed, bias)
-
-    monkeypatch.setattr(prepacking, "linear_with_packed", counted)
-    return found
+    return count_packed_calls(monkeypatch)
 
 
 @pytest.fixture

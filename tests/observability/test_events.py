@@ -137,18 +137,17 @@ def test_every_end():
 
 def test_nobody_there_nothing_done(monkeypatch):
     """Without observers none of the reports' methods that make events is called, and no event is made."""
-
-    def forbidden(*_):
-        raise AssertionError("nobody observes")
-
+    called = []
     for name in ("queued", "planned", "preempted", "computed", "generated", "finished", "step_done", "idle", "tell"):
-        monkeypatch.setattr(Reports, name, forbidden)
+        monkeypatch.setattr(Reports, name, lambda *_, name=name: called.append(name))
     clock = Clock()
     with batching(num_blocks=40, clock=clock) as batcher:
         run_to_every_end(batcher, clock)
         run(batcher, submit_all(batcher))
     with batching(num_blocks=14, max_num_seqs=4) as batcher:
         run_with_preemptions(batcher)
+
+    assert called == []
 
 
 def lines_per_step(num_rows, *observers):

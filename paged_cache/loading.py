@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -13,6 +15,8 @@ from .errors import InvalidRequestError, UnsupportedModelError
 
 SMALL = 50_000_000
 """Parameters."""
+PATIENCE = 5.0
+"""Seconds for the hub to answer."""
 PROBE = [[5, 6, 7], [5, 6, 8]]
 """Two inputs that differ in their last token only: a causal model answers alike up to there."""
 TEXT = "a, 1"
@@ -36,10 +40,11 @@ def load(
         InvalidRequestError: There is no such model, or it lacks a part.
         UnsupportedModelError: The model does not predict the next token from those before it.
     """
+    where = {"local_files_only": not is_within_reach(name)}
     with quiet():
-        _require_language_model(name)
-        tokenizer = _load_tokenizer(name, needs_tokenizer)
-        model = _load(AutoModelForCausalLM, name, "model", dtype=dtype).eval().to(device)
+        _require_language_model(name, where)
+        tokenizer = _load_tokenizer(name, needs_tokenizer, where)
+        model = _load(AutoModelForCausalLM, name, "model", dtype=dtype, **where).eval().to(device)
     if not is_causal(model):
         raise UnsupportedModelError(
             f"{name} is not a causal language model: its {type(model).__name__} looks at the tokens that follow."
@@ -47,6 +52,22 @@ def load(
     if tokenizer is not None:
         _let_pad(tokenizer)
     return model, tokenizer
+
+
+def is_within_reach(name: str | Path) -> bool:
+    """Whether the hub has to be asked for this model, and answers.
+
+    Where it does not, transformers would ask for each file again and again for half a minute.
+    """
+    if Path(name).expanduser().exists():
+        return False
+    try:
+        model_info(str(name), timeout=PATIENCE)
+    except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for
+        return True
+    except Exception:  # noqa: BLE001 (each version has another client, with errors of its own)
+        return False
+    return True
 
 
 @contextmanager
@@ -69,8 +90,8 @@ def is_causal(model: PreTrainedModel) -> bool:
     return torch.allclose(first, second, atol=tolerance, rtol=tolerance)
 
 
-def _require_language_model(name: str | Path) -> None:
-    config = _load(AutoConfig, name, "config")
+def _require_language_model(name: str | Path, where: dict[str, bool]) -> None:
+    config = _load(AutoConfig, name, "config", **where)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(
             f"{name} is not a causal language model: transformers knows no AutoModelForCausalLM for its model type, "
@@ -78,9 +99,9 @@ def _require_language_model(name: str | Path) -> None:
         )
 
 
-def _load_tokenizer(name: str | Path, is_needed: bool) -> Any:
+def _load_tokenizer(name: str | Path, is_needed: bool, where: dict[str, bool]) -> Any:
     try:
-        tokenizer = _load(AutoTokenizer, name, "tokenizer")
+        tokenizer = _load(AutoTokenizer, name, "tokenizer", **where)
         if not _can_read(tokenizer):  # what transformers makes of some folders without one
             raise InvalidRequestError(f"cannot load the tokenizer of {name}: it has no vocabulary.")
     except InvalidRequestError:

@@ -1,7 +1,9 @@
 """Tells when K and V computed earlier are no longer what the model would compute now."""
 
+import threading
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,18 +29,15 @@ class WeightsVersion:
     Attributes:
         lock: Held by who computes with the model, looks at its adapters, or loads some: others are not to see which are active
             meanwhile.
-        tuners: peft's layers in the model when `light_key` was asked last; another list if any module or adapter came or went.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model, self.lock = weakref.ref(model), lock_of(model)
+        self._model, self.lock = weakref.ref(model, self._forget_modules), lock_of(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
         self._sampled: tuple[int, Hashable] = (-1, None)
-        self._tree: Hashable = None
         self._generation = 0
-        self._keyed: list[Any] = []
-        self.tuners: list[Any] = []
-        self._glance = Glance([])
+        self._modules: _Modules | None = None
+        self._counting = threading.RLock()
 
     def invalidate(self) -> None:
         """From now on the weights count as other ones."""
@@ -60,8 +59,9 @@ class WeightsVersion:
             return None  # there is no version counter, or rows of one batch differ in their weights
         # counters only grow and the tensors are the same ones, so that the sum tells any change in place
         version = sum(tensor._version for tensor in tensors)
-        self._count(parts, tensors, version)
-        return Weights((self._generation, version), tuners)
+        with self._counting:  # two threads that look for the first time see one generation
+            self._count(parts, tensors, version)
+            return Weights((self._generation, version), tuners)
 
     def key(self, adapter_name: str | None = None) -> Hashable | None:
         """Equal keys mean equal weights for rows with this adapter; None if nothing may be shared. See `effective`."""
@@ -78,17 +78,23 @@ class WeightsVersion:
         model = self._model()
         if model is None:
             return None
-        tree = _tree(model), tuple(map(tuple, self._keyed))
-        if tree != self._tree:
-            tuners = list(peft_layers.split(model)[1])
-            self._keyed = [keyed for tuner in tuners for keyed in peft_layers.parameters_by_name(tuner)]
-            self._glance = Glance(tuners)
-            self._tree, self.tuners = (tree[0], tuple(map(tuple, self._keyed))), tuners
-        return model.training, self._tree, tuple(map(peft_layers.light_key, self.tuners))
+        modules = self._modules
+        if modules is None or not modules.are_same():
+            modules = self._modules = _Modules(model)
+        return model.training, modules.places, modules.adapters, tuple(map(peft_layers.light_key, modules.tuners))
+
+    @property
+    def tuners(self) -> list[Any]:
+        """peft's layers in the model when `light_key` was asked last; another list if any module or adapter came or went."""
+        return [] if self._modules is None else self._modules.tuners
 
     def glance(self, adapter_name: str | None) -> Hashable:
         """What `light_key` does not see: whether an adapter's weights are what they were. Quick, and not for good; see `Glance`."""
-        return self._glance.at(adapter_name)
+        return None if self._modules is None else self._modules.glance.at(adapter_name)
+
+    def _forget_modules(self, _: Any) -> None:
+        """The model is garbage; its parts are to go as well."""
+        self._modules = None
 
     def _count(self, parts: list[Any], tensors: list[torch.Tensor], version: int) -> None:
         """A new generation if the parts are other ones, or if peft wrote to them past the counters, as merging does."""
@@ -164,7 +170,7 @@ def _kept(offloaded: Mapping[str, Any], name: str) -> Any:
 
 
 def _everything(model: torch.nn.Module) -> list[torch.nn.Module | None]:
-    """All modules in all places; quicker than `modules()`, since it is asked for every token."""
+    """All modules in all places."""
     found: list[torch.nn.Module | None] = [model]
     parents = set()
     for module in found:
@@ -174,9 +180,32 @@ def _everything(model: torch.nn.Module) -> list[torch.nn.Module | None]:
     return found
 
 
-def _tree(model: torch.nn.Module) -> tuple[int, ...]:
-    """Which modules a model has, and where.
+class _Modules:
+    """The modules and adapters of a model as they were when this was made.
 
-    Ids are enough: a module that comes back was there all the time, so that nobody else had its id meanwhile.
+    Attributes:
+        places: Which modules there are, and where. Ids are enough: a module that comes back was there all the time, so that
+            nobody else had its id meanwhile.
+        tuners: Those that are peft's layers.
+        adapters: Which adapters these have.
+        glance: See `Glance`.
     """
-    return tuple(map(id, _everything(model)))
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = _everything(model)
+        self.places = tuple(map(id, modules))
+        self.tuners = list(peft_layers.split(model)[1])
+        self.glance = Glance(self.tuners)
+        self._children = [module._modules for module in modules if module is not None]
+        self._keyed = [keyed for tuner in self.tuners for keyed in peft_layers.parameters_by_name(tuner)]
+        self._seen, self.adapters = self._look(), self._names()
+
+    def are_same(self) -> bool:
+        """Whether none came or went since; quick, since it is asked for every token."""
+        return self._look() == self._seen and self._names() == self.adapters
+
+    def _look(self) -> list[torch.nn.Module | None]:
+        return [*chain.from_iterable(map(dict.values, self._children))]
+
+    def _names(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(map(tuple, self._keyed))

@@ -1,6 +1,9 @@
 """What a prompt computes only once, and what must never be reused."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import peft
 import pytest
@@ -9,6 +12,7 @@ from transformers import DynamicCache
 
 import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher, PagedCache
+from paged_cache.weights import WeightsVersion
 from tests.models import TokenCounter, assert_whole, model, poisoned_pool, prompts
 
 GREEDY = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
@@ -344,3 +348,48 @@ def test_prefix_caching_off():
         of.generate(**inputs, **GREEDY, past_key_values=PagedCache(pool))
     assert pool.num_cached == 0
     assert pool.num_free == pool.num_blocks
+
+
+def test_a_first_look_from_many_threads():
+    """Threads that ask for the weights' state for the first time at once see the same one."""
+    of = copy.deepcopy(model("llama"))
+    for _ in range(20):
+        version, keys = WeightsVersion(of), []
+        together = threading.Barrier(4)
+
+        def look(version=version, keys=keys, together=together):
+            together.wait(10)
+            keys.append((version.key(), version.light_key()))
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        keys.append((version.key(), version.light_key()))
+        assert len(set(keys)) == 1
+        assert len(keys) == 5
+
+
+def test_modules_that_come_and_go():
+    """The quick look sees a module that is replaced, added or taken away anywhere, and keeps nothing alive."""
+    of = copy.deepcopy(model("llama"))
+    version, layer = WeightsVersion(of), of.model.layers[0]
+    seen = [version.light_key()]
+    assert version.light_key() == seen[0]
+    old, layer.mlp = layer.mlp, copy.deepcopy(layer.mlp)
+    seen.append(version.light_key())
+    layer.mlp.act_fn.extra = torch.nn.Identity()  # a child of what had none
+    seen.append(version.light_key())
+    del layer.mlp.act_fn.extra
+    seen.append(version.light_key())
+    layer.mlp = old
+    assert version.light_key() == seen[0]
+    assert len(set(seen)) == 3
+    assert seen[1] == seen[3]
+
+    remains = weakref.ref(old)
+    del of, layer, old
+    gc.collect()
+    assert remains() is None
+    assert version.light_key() is None

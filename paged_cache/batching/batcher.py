@@ -27,7 +27,6 @@ from .output import RequestOutput
 from .policy import Policy
 from .pool_memory import PoolMemory
 from .progress import Progress
-from .prompts import as_prompts
 from .scheduler import Scheduler
 from .serving import hold_for, limits_for, require_different, require_limits, require_observers, require_served
 from .stats import BatcherStats
@@ -109,9 +108,8 @@ class ContinuousBatcher:
         self._loop = EngineLoop(self._engine, max_queue_size)
         self._loop.end_with(self)
         self._intake = Intake(self._inputs, self._engine, self._loop)
-        if interval is not None:
-            told.append(StatsLogger(interval))
-        for observer in told:
+        loggers: list[Observer] = [] if interval is None else [StatsLogger(interval)]
+        for observer in [*told, *loggers]:
             self._engine.reports.add(observer)
 
     def generate(
@@ -164,9 +162,8 @@ class ContinuousBatcher:
     ) -> list[RequestHandle]:
         """Gives up, and ends the requests, if it `is_left` while the queue is full."""
         self._require_open()
-        items = as_prompts(prompts, attention_mask, self._inputs.pad_token_id(options))
-        rows = per_prompt(options, len(items))
-        pairs = enumerate(zip(items, rows, strict=True))
+        items = self._inputs.read_all(prompts, attention_mask, options)
+        pairs = enumerate(zip(items, per_prompt(options, len(items)), strict=True))
         requests = [self._intake.make_one_of_many(*pair, f"prompt {i}: ", self) for i, pair in pairs]
         require_different(requests)
         handles: list[RequestHandle] = [request.handle for request in requests]
@@ -293,6 +290,10 @@ class ContinuousBatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._loop.is_over else self.stats().describe()
+        return f"ContinuousBatcher({type(self._inputs.model).__name__}, {state})"
 
     def _require_open(self) -> None:
         if self._loop.is_over:

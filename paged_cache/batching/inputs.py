@@ -13,7 +13,7 @@ from .beam_search import BeamSearch
 from .decoding import Decoding
 from .options import RequestOptions, require_callables
 from .preparing import BEAMS, Preparation, Prepared
-from .prompts import token_ids
+from .prompts import as_prompts, require_readable, token_ids
 from .request import Request, Row, Search
 
 
@@ -25,14 +25,27 @@ class InputProcessor:
         tokenizer: For text, chat messages and `stop_strings`; None if there is none.
         clock: Seconds.
         adapters: Those that a request may name.
+
+    Attributes:
+        model: As given.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, clock: Callable[[], float], adapters: AdapterStore
     ) -> None:
-        self._model, self._tokenizer, self._clock, self._adapters = model, tokenizer, clock, adapters
+        self.model, self._tokenizer, self._clock, self._adapters = model, tokenizer, clock, adapters
         self._prepare, self._device = Preparation(model, tokenizer), input_device(model)
         self._numbers = itertools.count()
+
+    def read_all(self, prompts: Any, attention_mask: Any, options: dict[str, Any]) -> list[Any]:
+        """One entry per prompt, each for `read`; see `as_prompts`.
+
+        Raises:
+            InvalidRequestError: They are one prompt, nothing of that kind, or nothing but text and there is no tokenizer.
+        """
+        items = as_prompts(prompts, attention_mask, self._pad_token_id(options))
+        require_readable(items, self._tokenizer)
+        return items
 
     def read(self, prompt: Any) -> list[int]:
         """Token ids of a prompt.
@@ -40,19 +53,8 @@ class InputProcessor:
         Raises:
             InvalidRequestError: It is empty, of no known form, or has ids that the model does not have.
         """
-        vocab_size = getattr(self._model.get_input_embeddings(), "num_embeddings", None)
+        vocab_size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         return token_ids(prompt, self._tokenizer, vocab_size)
-
-    def pad_token_id(self, options: dict[str, Any]) -> int | None:
-        """What `generate` takes for padding where no mask says so; None if that is a token that ends sequences, or unknown."""
-        config = options.get("generation_config")
-        sources = [options, vars(config) if hasattr(config, "__dict__") else {}, vars(self._model.generation_config)]
-        pad, eos = (
-            next((source[name] for source in sources if source.get(name) is not None), None)
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        ends = eos if isinstance(eos, (list, tuple)) else [eos]
-        return pad if isinstance(pad, int) and pad not in ends else None
 
     def make(self, ids: list[int], options: RequestOptions, generation_config: Any, kwargs: dict[str, Any]) -> Request:
         """A request that is ready to be scheduled.
@@ -88,10 +90,21 @@ class InputProcessor:
         self._adapters.enter(request)
         return request
 
+    def _pad_token_id(self, options: dict[str, Any]) -> int | None:
+        """What `generate` takes for padding where no mask says so; None if that is a token that ends sequences, or unknown."""
+        config = options.get("generation_config")
+        sources = [options, vars(config) if hasattr(config, "__dict__") else {}, vars(self.model.generation_config)]
+        pad, eos = (
+            next((source[name] for source in sources if source.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        return pad if isinstance(pad, int) and pad not in ends else None
+
     def _decoding(self, prepared: Prepared, seed: int | None) -> Search:
         generator = self._generator(seed) if prepared.config.do_sample else None
         if prepared.mode in BEAMS:
-            return BeamSearch(self._model, prepared, generator)
+            return BeamSearch(self.model, prepared, generator)
         return Decoding(prepared, generator)
 
     def _generator(self, seed: int | None) -> torch.Generator:

@@ -43,6 +43,13 @@ def as_prompts(prompts: Any, attention_mask: Any = None, pad_token_id: int | Non
     return items
 
 
+def require_readable(prompts: list[Any], tokenizer: Any) -> None:
+    """Raises `InvalidRequestError` if all are text or chats and there is no tokenizer: that is no prompt's fault."""
+    kinds = ["a string" if isinstance(prompt, str) else "a chat" if _is_chat(prompt) else None for prompt in prompts]
+    if kinds and kinds[0] is not None and None not in kinds:
+        _require(tokenizer, kinds[0])
+
+
 def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
     """The ids of one prompt.
 

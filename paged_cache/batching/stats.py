@@ -79,3 +79,8 @@ class BatcherStats:
             loaded_adapters=tuple(engine.adapters.loaded),
             num_adapter_loads=engine.adapters.num_loads,
         )
+
+    def describe(self) -> str:
+        """A few words: requests by what became of them."""
+        over = [f"{count} {reason}" for reason, count in self.finished.items() if count]
+        return ", ".join([f"{self.num_running} running", f"{self.num_waiting} waiting", *over])

@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import model_info
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from ..compat import text_config
 from ..errors import InvalidRequestError, UnsupportedModelError
+from ..loading import is_within_reach
 
-PATIENCE = 5.0
-"""Seconds for the hub to answer."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LIMITS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "seq_length", "n_ctx")
 
@@ -37,22 +34,11 @@ def read_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path if path.exists() else str(model),
             trust_remote_code=False,
-            local_files_only=path.exists() or not is_on_hub(str(model)),
+            local_files_only=not is_within_reach(str(model)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidRequestError(f"cannot read the config of {model}: {_reason(error, path.exists())}") from error
     return config
-
-
-def is_on_hub(name: str) -> bool:
-    """Whether the hub answers, whatever it says: transformers would ask again and again for half a minute where it does not."""
-    try:
-        model_info(name, timeout=PATIENCE)
-    except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for
-        return True
-    except Exception:  # noqa: BLE001 (each version has another client, with errors of its own)
-        return False
-    return True
 
 
 def _reason(error: Exception, is_local: bool) -> str:

@@ -126,6 +126,15 @@ def test_prompts_that_cannot_be_served():
             outputs[0].text  # noqa: B018 (it raises)
 
 
+def test_nothing_but_text_without_a_tokenizer():
+    """That is the batcher's fault, not the prompts': it is said at once, before anything is begun."""
+    with batching() as batcher:
+        for prompts in (["one", "two"], [[{"role": "user", "content": "one"}]], ("one",)):
+            with pytest.raises(InvalidRequestError, match=r"tokenizer=tokenizer\) can read it"):
+                batcher.generate(prompts, **GREEDY, progress_bar=False)
+        assert sum(batcher.stats().finished.values()) == 0
+
+
 def test_models_and_pools_that_cannot_be_served():
     """Only a transformers model that generates from tokens alone, in evaluation mode, with its own pool."""
     of = tiny("llama")

@@ -103,3 +103,17 @@ def test_step_says_whether_requests_are_left():
         assert batcher.step() is False
         batcher.submit(PROMPTS[0], **{**GREEDY, "max_new_tokens": 3})
         assert [batcher.step() for _ in range(4)] == [True, True, False, False]
+
+
+def test_a_batcher_on_the_screen():
+    """Its model, and what its requests are doing."""
+    with batching(max_num_seqs=1) as batcher:
+        submit_all(batcher, PROMPTS[:2], **GREEDY)
+        batcher.step()
+        busy = repr(batcher)
+        while batcher.step():
+            pass
+        done = repr(batcher)
+    assert busy == "ContinuousBatcher(LlamaForCausalLM, 1 running, 1 waiting)"
+    assert done == "ContinuousBatcher(LlamaForCausalLM, 0 running, 0 waiting, 2 length)"
+    assert repr(batcher) == "ContinuousBatcher(LlamaForCausalLM, closed)"

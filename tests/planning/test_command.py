@@ -9,9 +9,10 @@ import torch
 from transformers import BertConfig, MambaConfig, ViTConfig
 from typer.testing import CliRunner
 
+from paged_cache import loading
 from paged_cache.assets import MODEL_PATH
 from paged_cache.cli import app
-from paged_cache.planning import configs, plan
+from paged_cache.planning import plan
 from tests.planning import published
 from tests.planning.published import config_of
 
@@ -164,7 +165,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
         asked.append(name)
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(configs, "model_info", unreachable)
+    monkeypatch.setattr(loading, "model_info", unreachable)
     start = time.perf_counter()
     result = run("nosuch/dir", "--memory", "1GiB")
 

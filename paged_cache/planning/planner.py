@@ -179,10 +179,14 @@ def plan(
     pool_memory = left - _outside(paged, room, lengths)
     num_blocks = num_blocks_for(None, pool_memory, {torch.device("cpu"): block_nbytes})
     return Plan(
-        config.model_type, total, source_of(memory), model_dtype, dtype_source, stored, weights, reserve, left, kinds,
-        layout.bytes_per_token(*itemsizes(stored)), states, layout.windows, block_size, block_nbytes, num_blocks, pool_memory,
-        num_blocks // len(layout.windows) * block_size, context, lengths, room.contiguous(lengths), room.padded(lengths), paged,
-        room.one_pass(lengths), room.lines(contexts_up_to(context)), notes_on(config, spec, layout, probed, states, limit, context, lengths),
+        model_type=config.model_type, memory=total, memory_source=source_of(memory), overhead=reserve, available=left,
+        dtype=model_dtype, dtype_source=dtype_source, kv_dtype=stored, weights=weights, states=states, kinds=kinds,
+        bytes_per_token=layout.bytes_per_token(*itemsizes(stored)), windows=layout.windows,
+        block_size=block_size, block_nbytes=block_nbytes, num_blocks=num_blocks, pool_memory=pool_memory,
+        num_tokens=num_blocks // len(layout.windows) * block_size, context=context, lengths=lengths,
+        contiguous=room.contiguous(lengths), padded=room.padded(lengths), paged=paged, one_pass=room.one_pass(lengths),
+        contexts=room.lines(contexts_up_to(context)),
+        notes=notes_on(config, spec, layout, probed, states, limit, context, lengths),
     )  # fmt: skip
 
 

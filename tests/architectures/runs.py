@@ -8,7 +8,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from tests.architectures.exceptions import CHECKS_LEFT_OUT
 from tests.architectures.inputs import prompts, words
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 SECOND_QUESTION = 4
 CHECKS = {
     "greedy": {},

@@ -1,6 +1,7 @@
 """`model.generate` gives the same tokens with a `PagedCache` as with a `DynamicCache`, in every mode it has."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -54,17 +55,40 @@ MODES = {
 }
 
 
+@functools.lru_cache(maxsize=1)
+def with_attention(kind, implementation):
+    """A copy of the model that computes attention so."""
+    of = copy.deepcopy(model(kind))
+    of.set_attn_implementation(implementation)
+    return of
+
+
+@functools.lru_cache(maxsize=1)
+def reference(kind, implementation, mode):
+    """What `generate` gives with a `DynamicCache`: once for the plain and the patched model, which follow each other."""
+    return with_dynamic_cache(with_attention(kind, implementation), prompts(), **MODES[mode])
+
+
+def with_dynamic_cache(of, inputs, **mode):
+    """What `generate` gives with transformers' own cache."""
+    torch.manual_seed(3)
+    return of.generate(**inputs, **ALWAYS | mode, past_key_values=DynamicCache(config=of.config))
+
+
 def both(of, inputs, patched, **mode):
     """What `generate` gives with a `DynamicCache` and with a `PagedCache`, whose pool is whole after it."""
-    torch.manual_seed(3)
-    expected = of.generate(**inputs, **ALWAYS | mode, past_key_values=DynamicCache(config=of.config))
+    return with_dynamic_cache(of, inputs, **mode), with_paged_cache(of, inputs, patched, **mode)
+
+
+def with_paged_cache(of, inputs, patched, **mode):
+    """What `generate` gives with a `PagedCache`, whose pool is whole after it."""
     pool = poisoned_pool(of)
     with maybe_patched(of, patched):
         torch.manual_seed(3)
         actual = of.generate(**inputs, **ALWAYS | mode, past_key_values=PagedCache(pool))
     if isinstance(actual, torch.Tensor):
         assert_whole(pool)
-    return expected, actual
+    return actual
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
@@ -73,14 +97,12 @@ def both(of, inputs, patched, **mode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_modes(kind, mode, implementation, patched):
     """Every decoding mode, batched and padded on the left."""
-    of = copy.deepcopy(model(kind))
-    if implementation == "sdpa" and not of._supports_sdpa:
+    if implementation == "sdpa" and not model(kind)._supports_sdpa:
         pytest.skip(f"{kind} has no sdpa attention")
-    of.set_attn_implementation(implementation)
 
-    expected, actual = both(of, prompts(), patched, **MODES[mode])
+    actual = with_paged_cache(with_attention(kind, implementation), prompts(), patched, **MODES[mode])
 
-    assert torch.equal(expected, actual)
+    assert torch.equal(reference(kind, implementation, mode), actual)
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])

@@ -44,6 +44,10 @@ class Machine:
         return sum(re.match(pattern, x) is not None for x in self.loop)
 
 
+_read_before: dict[str, Machine] = {}
+"""By hash: planner and merge are the same in many calls."""
+
+
 class _Target:
     """What Triton asks of a driver when it only compiles."""
 
@@ -72,7 +76,10 @@ def machine_code(launch: Callable[[], object], capability: int, folder: Path) ->
     """What `launch()` would run on a GPU of the given compute capability (90 for 9.0). `folder` is for its files."""
     with compile_only(capability) as kernels:
         launch()
-    return [_read(kernel, folder / f"{kernel.hash}.cubin") for kernel in kernels]
+    for kernel in kernels:
+        if kernel.hash not in _read_before:
+            _read_before[kernel.hash] = _read(kernel, folder / f"{kernel.hash}.cubin")
+    return [_read_before[kernel.hash] for kernel in kernels]
 
 
 @contextmanager

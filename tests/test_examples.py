@@ -1,14 +1,13 @@
 """Every example is short, and runs as a reader would run it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.preloaded import run_script
 
 # Folders inside examples/ hold longer programs, which are not run here.
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,20 +19,10 @@ TIMEOUT = 240  # seconds, below pytest's own limit, so that the output is shown
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     """It ends well, away from the checkout and without a network, and prints something."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "default"}
-    result = subprocess.run(
-        [sys.executable, str(path)],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    status, output = run_script(path, tmp_path, {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}, TIMEOUT)
 
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.strip()
+    assert status == 0, output
+    assert output.strip()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

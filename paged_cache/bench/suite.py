@@ -34,7 +34,12 @@ class Run:
 RUNS = (
     Run("startup", ("startup",)),
     Run("throughput", ("throughput",)),
-    Run("throughput_192", ("throughput",), ("--num-prompts", "192"), is_long=True),
+    Run(
+        "throughput_192",
+        ("throughput", "--shared-prefix-len", "0"),
+        ("--num-prompts", "192", "--rounds", "2"),
+        is_long=True,
+    ),
     Run(
         "throughput_vllm",
         ("throughput", "--shared-prefix-len", "0", "--only", "fcfs,sjf,prepacked"),

@@ -19,10 +19,21 @@ TIMEOUT = 240  # seconds, below pytest's own limit, so that the output is shown
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     """It ends well, away from the checkout and without a network, and prints something."""
-    status, output = run_script(path, tmp_path, {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}, TIMEOUT)
+    status, output = run_script(path, tmp_path, timeout=TIMEOUT, HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
 
     assert status == 0, output
     assert output.strip()
+
+
+def test_an_example_that_fails_is_noticed(tmp_path: Path) -> None:
+    """Its status is that of any interpreter, and what it said is there to be read."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('so far')\nraise ValueError(sys.argv[1])", encoding="utf-8")
+    status, output = run_script(script, tmp_path, "badly", timeout=TIMEOUT)
+
+    assert status == 1
+    assert "so far" in output
+    assert "ValueError: badly" in output
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -9,8 +9,6 @@ import logging
 import os
 import random
 import stat
-import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -27,8 +25,8 @@ import paged_cache
 from paged_cache import BlockPool, ContinuousBatcher, InvalidRequestError, PagedCache, prefix_file, saved_prefixes
 from paged_cache.memory.layout import LayerSpec
 from tests.models import TokenCounter, assert_whole, model, poisoned_pool
+from tests.preloaded import run_script
 
-ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
 PROMPT = torch.randint(10, 80, (1, 43), generator=torch.Generator().manual_seed(9))
 OTHER = torch.randint(10, 80, (1, 30), generator=torch.Generator().manual_seed(8))
@@ -137,15 +135,13 @@ def test_another_process_goes_on(tmp_path):
         pool.check()
         print(json.dumps([loaded, found, out[0, 43:].tolist(), hits, served.generated_tokens, served.cached_tokens]))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), json.dumps(PROMPT[0].tolist())],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(program), encoding="utf-8")
+    status, output = run_script(script, tmp_path, json.dumps(PROMPT[0].tolist()), timeout=200, HF_HUB_OFFLINE="1")
 
-    assert done.returncode == 0, done.stderr
+    assert status == 0, output
     (tokens,) = expected(of)
-    assert json.loads(done.stdout.splitlines()[-1]) == [NUM_FULL, 40, tokens, 40 + 40, tokens, 40]
+    assert json.loads(output.splitlines()[-1]) == [NUM_FULL, 40, tokens, 40 + 40, tokens, 40]
 
 
 def test_the_same_prefixes_make_the_same_file(path):

@@ -15,10 +15,12 @@ import torch
 from paged_cache.errors import InvalidRequestError
 from paged_cache.kernels.reference import paged_attention as reference
 from tests.kernels.cases import Case, Inputs, build
+from tests.preloaded import run_script
 
 pytest.importorskip("numba")
 cpu = pytest.importorskip("paged_cache.kernels.cpu")
 
+SECONDS = 280  # for a process that compiles, below pytest's own limit
 RAGGED = (0, 1, 15, 16, 17, 37, 130, 1000)  # around one block, one tile of 64 tokens, one run of 256
 STARTS = (0, 0, 3, 15, 2, 20, 64, 900)
 FEATURES = {"window": 24, "chunk": 48, "softcap": 2.0, "sinks": True, "alibi": True, "bias": 8, "starts": STARTS}
@@ -240,25 +242,21 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def guard(*arguments: str) -> subprocess.CompletedProcess:
+def guard(folder: Path, *arguments: str) -> tuple[int | None, str]:
     """Run `cpu_guard_pages.py` in a process of its own."""
     pytest.importorskip("triton")  # guard_pages.py is shared with the tests of its kernels
-    script = Path(__file__).parent / "cpu_guard_pages.py"
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
-    return subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, timeout=300, capture_output=True, text=True
-    )
+    return run_script(Path(__file__).with_name("cpu_guard_pages.py"), folder, *arguments, timeout=SECONDS)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect of the C library")
 @pytest.mark.parametrize("side", ["front", "back"])
-def test_touches_nothing_outside_its_tensors(side: str) -> None:
+def test_touches_nothing_outside_its_tensors(side: str, tmp_path: Path) -> None:
     """No SIGSEGV with unmapped memory right before or behind all tensors, and one with a wrong block id."""
-    done, caught = guard(side), guard(side, "wrong-block")
+    status, output = guard(tmp_path, side)
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("right") == 6
-    assert caught.returncode == -signal.SIGSEGV
+    assert status == 0, output
+    assert output.count("right") == 6
+    assert guard(tmp_path, side, "wrong-block")[0] == -signal.SIGSEGV
 
 
 COMPILES = """
@@ -272,15 +270,15 @@ build(Case(dtype=torch.bfloat16)).run(cpu.paged_attention)
 
 def test_compiling_is_announced_and_kept(tmp_path: Path) -> None:
     """The first process says that it compiles before it does; the next one finds the kernel on the disk."""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    first, second = (
-        subprocess.run([sys.executable, "-c", COMPILES], env=environment, timeout=300, capture_output=True, text=True)
-        for _ in range(2)
+    script = tmp_path / "script.py"
+    script.write_text(COMPILES, encoding="utf-8")
+    (_, first), (status, second) = (
+        run_script(script, tmp_path, timeout=SECONDS, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)
     )
 
-    assert re.search(r"Compiling .* torch.bfloat16 .*\n.*Compiled", first.stderr)
-    assert second.returncode == 0
-    assert "ompil" not in second.stderr
+    assert re.search(r"Compiling .* torch.bfloat16 .*\n.*Compiled", first)
+    assert status == 0, second
+    assert "ompil" not in second
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -290,4 +290,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=1000, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=500, stateful_step_count=40, deadline=None)

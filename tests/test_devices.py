@@ -1,10 +1,7 @@
 """Layers on several devices: where their slabs are, what a step makes on each device, and how much memory that is."""
 
 import copy
-import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +24,7 @@ from paged_cache.state import PagedState
 from paged_cache.step import StepInputs
 from tests.memory.test_layout import HEAD, SLIDING, assert_sound, layers, models
 from tests.models import assert_whole, model, poisoned_pool, prompts
+from tests.preloaded import run_script
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 RUNS = [
@@ -213,25 +211,21 @@ def test_a_mask_moves_without_being_made() -> None:
     assert len(made) == 3
 
 
-@functools.cache
-def far_runs() -> dict[str, str | None]:
+@pytest.fixture(scope="module")
+def far_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """What `far_runs.py` says of each run: the traceback of one that failed."""
-    script = Path(__file__).parent / "far_runs.py"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    found: dict[str, str | None] = json.loads(result.stdout.splitlines()[-1])
+    script = Path(__file__).with_name("far_runs.py")
+    status, output = run_script(script, tmp_path_factory.mktemp("far_runs"), timeout=SECONDS)
+    assert status == 0, output
+    found: dict[str, str | None] = json.loads(output.splitlines()[-1])
     assert list(found) == RUNS
     return found
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_whole_models_on_three_devices(name: str) -> None:
+def test_whole_models_on_three_devices(name: str, far_runs: dict[str, str | None]) -> None:
     """Models that accelerate dispatches over the CPU and two devices that are as strict as GPUs give their plain tokens."""
-    traceback = far_runs()[name]
-
-    assert traceback is None, traceback
+    assert far_runs[name] is None, far_runs[name]
 
 
 @pytest.mark.gpu

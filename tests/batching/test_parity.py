@@ -1,6 +1,7 @@
 """Each request gets the tokens that `generate` gives for it alone, whatever else is in the batch."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -135,15 +136,28 @@ def without_cache(kind, options):
     return {"use_cache": False} if kind == "deepseek_v4" and "num_beams" in options else {}
 
 
+GREEDY_REQUESTS = [(prompt(n), {**GREEDY, "max_new_tokens": new}) for n, new in zip(LENGTHS, NEW, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def greedy_alone(kind):
+    """What each prompt gets alone, in tests that follow each other."""
+    return [alone(tiny(kind), ids, **options) for ids, options in GREEDY_REQUESTS]
+
+
+@functools.lru_cache(maxsize=1)
+def mixed_alone(kind):
+    """The same with each set of options."""
+    requests = [(ids, copy.deepcopy(options) | without_cache(kind, options)) for ids, options in mixed_requests()]
+    return [alone(tiny(kind), ids, **options) for ids, options in requests]
+
+
 @pytest.mark.parametrize("setting", POOLS)
 @pytest.mark.parametrize("kind", WAYS)
 def test_greedy(kind, setting):
     """Greedy tokens do not depend on chunks, blocks, prefixes or neighbours."""
-    of = tiny(kind)
-    requests = [(prompt(n), {**GREEDY, "max_new_tokens": new}) for n, new in zip(LENGTHS, NEW, strict=True)]
-    expected = [alone(of, ids, **options) for ids, options in requests]
-    outputs, stats = serve(of, requests, **POOLS[setting])
-    assert not differences(outputs, expected)
+    outputs, stats = serve(tiny(kind), GREEDY_REQUESTS, **POOLS[setting])
+    assert not differences(outputs, greedy_alone(kind))
     assert stats.forward == WAYS[kind]
     assert [output.finish_reason for output in outputs] == ["length"] * len(NEW)
 
@@ -154,12 +168,9 @@ def test_greedy(kind, setting):
 )
 def test_options_mixed_in_one_batch(kind, setting):
     """Processors, samplers, beams and stopping criteria are each request's own."""
-    of = tiny(kind)
+    outputs, _ = serve(tiny(kind), mixed_requests(), **POOLS[setting])
     names = list(OPTIONS)
-    requests = mixed_requests(names)
-    expected = [alone(of, ids, **copy.deepcopy(options), **without_cache(kind, options)) for ids, options in requests]
-    outputs, _ = serve(of, requests, **POOLS[setting])
-    assert not {names[i]: rows for i, rows in differences(outputs, expected).items()}
+    assert not {names[i]: rows for i, rows in differences(outputs, mixed_alone(kind)).items()}
 
 
 def test_preemption_changes_no_token():

@@ -2,11 +2,13 @@
 
 `step_ms` is the whole forward of one new token per row, with the inputs of `generate` and a prefix index; `layer_ms` the
 time from the call of `cache.update` to the result of the attention, per layer. The blocks lie in random order. All caches
-hold the same random tokens and take their steps in turns; all outputs are compared in every round.
+hold the same random tokens and take turns of up to eight steps, one after the other as `generate` makes them: a processor
+that has just run somebody else's step is slower in the next. All outputs are compared.
 """
 
 import gc
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +26,8 @@ from .stepping import make_model as make_model
 MOST_SAMPLES = 15
 EVERY = 2**31  # samples: those of steps and layers are bundled alike
 WARM_UP = 3
+MOST_STEPS = 8  # of a turn,
+TURN = 0.1  # or as many as take so many seconds
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # see `difference`
 COPIES = 4  # of K and V: paged, dynamic, static, and the one that torch.cat makes of a layer or two
 GIB = 2**30
@@ -131,11 +135,12 @@ def measure_case(settings: Settings, model: Any, case: Case) -> tuple[list[Line]
     )
     for _ in range(WARM_UP):
         race.round()
+    race.lengthen_turns()
     samples = alternate(race.watches(), settings.seconds, most_samples=EVERY)
-    lines = [Line(case, name, _metrics(race.steppers[name], steps)) for name, steps in samples.items()]
+    lines = [Line(case, name, _metrics(race.steppers[name], turns, race.turn)) for name, turns in samples.items()]
     lines += [Line(case, name, {}, note) for name, note in race.notes.items()]
     rounds = len(samples[PAGED])
-    return lines, {"kv_bytes": kv_bytes, "rounds": rounds, "worst_difference": race.worst}
+    return lines, {"kv_bytes": kv_bytes, "rounds": rounds, "turn": race.turn, "worst_difference": race.worst}
 
 
 class Race:
@@ -145,23 +150,30 @@ class Race:
         steppers: By name, those that are in.
         notes: By name, why others are out.
         worst: Largest `difference` of ours to the reference until now.
+        turn: Steps that each makes before the next one's turn.
     """
 
     def __init__(self, steppers: list[Stepper], tolerance: float, vocab_size: int) -> None:
         self.steppers = {stepper.name: stepper for stepper in steppers}
         self.notes: dict[str, str] = {}
-        self.worst = 0.0
+        self.worst, self.turn = 0.0, 1
         self._tolerance, self._vocab_size = tolerance, vocab_size
         self._outputs: dict[str, torch.Tensor] = {}
         self._num_steps = 0
         self._ids = self._new_ids()
 
     def watches(self) -> dict[str, Callable[[], float]]:
-        """A step each, which returns its seconds."""
-        return {name: lambda name=name: self._step(name) for name in self.steppers}  # type: ignore[misc]
+        """A turn each, which returns the seconds of a step."""
+        return {name: lambda name=name: self._timed_turn(name) for name in self.steppers}  # type: ignore[misc]
+
+    def lengthen_turns(self) -> None:
+        """From now on `MOST_STEPS` in a row, or as many as the slowest makes in the time of a turn."""
+        slowest = max(stepper.steps[-1] for stepper in self.steppers.values())
+        self.turn = max(1, min(MOST_STEPS, int(TURN / slowest)))
+        self._ids = self._new_ids()
 
     def round(self) -> None:
-        """A step of everybody. A peer that fails or differs is left out from now on.
+        """A turn of everybody. A peer that fails or differs is left out from now on.
 
         Raises:
             WrongAnswerError: Ours differs.
@@ -172,7 +184,7 @@ class Race:
 
     def _try(self, name: str) -> None:
         try:
-            self._outputs[name] = self.steppers[name].step(self._ids)
+            self._outputs[name] = self._turn(name)
             self._compare(name)
         except RuntimeError as error:  # out of memory is one of them, and so is what a compiler says
             if name in (PAGED, DYNAMIC):
@@ -188,23 +200,24 @@ class Race:
         self._outputs.pop(name, None)
         del self.steppers[name]
 
-    def _step(self, name: str) -> float:
-        stepper = self.steppers[name]
-        self._outputs[name] = stepper.step(self._ids)
-        seconds = stepper.steps[-1]
+    def _turn(self, name: str) -> torch.Tensor:
+        return torch.stack([self.steppers[name].step(ids) for ids in self._ids])
+
+    def _timed_turn(self, name: str) -> float:
+        self._outputs[name] = self._turn(name)
         if len(self._outputs) == len(self.steppers):
             self._end_round()
-        return seconds
+        return statistics.fmean(self.steppers[name].steps[-self.turn :])
 
     def _end_round(self) -> None:
         for name in self._outputs:
             self._compare(name)
         self._outputs, self._ids = {}, self._new_ids()
-        self._num_steps += 1
-        if self._num_steps == GROWTH:
-            self._num_steps = 0
+        self._num_steps += self.turn
+        if self._num_steps + self.turn > GROWTH:
             for stepper in self.steppers.values():
-                stepper.crop(GROWTH)
+                stepper.crop(self._num_steps)
+            self._num_steps = 0
 
     def _compare(self, name: str) -> None:
         found = difference(self._outputs[name], self._outputs[DYNAMIC])
@@ -215,7 +228,7 @@ class Race:
 
     def _new_ids(self) -> torch.Tensor:
         stepper = next(iter(self.steppers.values()))
-        return torch.randint(self._vocab_size, (stepper.batch_size, 1), device=stepper.device)
+        return torch.randint(self._vocab_size, (self.turn, stepper.batch_size, 1), device=stepper.device)
 
 
 def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -225,9 +238,9 @@ def difference(output: torch.Tensor, expected: torch.Tensor) -> float:
     return (largest / usual).item()
 
 
-def _metrics(stepper: Stepper, steps: list[float]) -> dict[str, list[float]]:
-    """Milliseconds; those of layers belong to the same steps."""
-    found = {"step_ms": steps}
-    if stepper.layers:
-        found["layer_ms"] = stepper.layers[-len(steps) :]
+def _metrics(stepper: Stepper, turns: list[float], turn: int) -> dict[str, list[float]]:
+    """Milliseconds of a step in each turn; those of layers belong to the same steps."""
+    found = {"step_ms": turns}
+    if layers := stepper.layers[-len(turns) * turn :]:
+        found["layer_ms"] = [statistics.fmean(layers[i : i + turn]) for i in range(0, len(layers), turn)]
     return {name: [float(f"{1e3 * x:.4g}") for x in bundle(seconds, MOST_SAMPLES)] for name, seconds in found.items()}

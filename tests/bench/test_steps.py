@@ -73,6 +73,27 @@ def test_caches_stay_as_long_as_the_context(layers):
 
 
 @torch.no_grad()
+def test_turns_of_many_steps(layers):
+    """A quick case has eight steps in a turn, a slow one as many as the time allows; caches stay as long as the context."""
+    steps = race(layers)
+    steps.round()
+    for seconds, turn in ((0.001, 8), (0.03, 3), (1.0, 1)):
+        for stepper in steps.steppers.values():
+            stepper.steps.append(seconds)
+        steps.lengthen_turns()
+        assert steps.turn == turn
+        before = len(steps.steppers["paged"].steps)
+        for _ in range(9):
+            steps.round()
+        assert len(steps.steppers["paged"].steps) == before + 9 * turn
+
+    lengths = {int(stepper.cache.get_seq_length()) for stepper in steps.steppers.values()}
+    assert len(lengths) == 1
+    assert 40 <= lengths.pop() < 40 + stepping.GROWTH
+    assert not steps.notes
+
+
+@torch.no_grad()
 def test_steps_with_a_paged_cache_are_those_of_generate(layers, monkeypatch):
     """Each takes the path of a decoding step with known tokens, and blocks that it fills can be found by later prompts."""
     steps = race(layers)

@@ -91,14 +91,15 @@ def served(candidate):
     return [*times, value("throughput_192", candidate, "mean_ttft_ms", 1e-3)]
 
 
-def layer(shape):
-    """How many times as fast a layer of a decoding step is as with `DynamicCache`."""
-    case = {"section": "decode", "shape": f"decode float32 8/4x64 b16 {shape}"}
-    return ratio("kernels_cpu", "call_us", "write+paged", "dynamic", is_inverse=True, **case)
+def steps(metric):
+    """What a decoding step takes of the time with `DynamicCache`, by batch and context."""
+    shapes = ((1, 128), (1, 2048), (1, 8192), (8, 512), (8, 8192))
+    return [ratio("decode_28m", metric, "paged", "dynamic", batch_size=batch, context=n) for batch, n in shapes]
 
 
 N = r"(\d[\d,]*(?:\.\d+)?)"
 ROW = rf"{N} MiB \| {N} MiB \| {N} % \|"
+CELLS = rf"{N} \| {N} \| {N} \| {N} \| {N} \|"
 SERVED = rf"{N} \| {N} \| {N} s \|"
 RANGE = f"{N} to {N}"
 
@@ -121,6 +122,8 @@ FIGURES = [
         + [unused(f"{kind}, batches of {size}") for kind in ("DynamicCache", "StaticCache") for size in (8, 32)],
     ),
     (rf"\| `ContinuousBatcher\(.*?\)` \| {SERVED}", served("sjf")),
+    (rf"\| the same with `prepack_weights=True` \| {SERVED}", served("prepacked")),
+    (rf"\| `model.generate`, padded batches of 8 \| {SERVED}", served("padded")),
     (rf"\| transformers' continuous batching \| {SERVED}", served("generate_batch")),
     (rf"\| `model.generate`, one after the other \| {SERVED}", served("loop")),
     (
@@ -135,12 +138,14 @@ FIGURES = [
         ],
     ),
     (
-        rf"{N} times `generate` for the first 64",
-        [ratio("throughput", "output_throughput", "sjf", "loop", shared_prefix_len=0)],
+        rf"{N} times `generate` for the first 64, {N} with prepacked weights",
+        [ratio("throughput", "output_throughput", name, "loop", shared_prefix_len=0) for name in ("sjf", "prepacked")],
     ),
+    (rf"\| the whole step \| {CELLS}", steps("step_ms")),
+    (rf"\| cache and attention of a layer \| {CELLS}", steps("layer_ms")),
     (
-        rf"is {N}\s+times as fast as with `DynamicCache` at 1 x 512, {N} times at 1 x 2048, {N} times at 8 x 512 and {N} times at 8 x 8192",
-        [layer(shape) for shape in ("1 x 512", "1 x 2048", "8 x 512", "8 x 8192")],
+        rf"vLLM's CPU build .*? {N} times its time, with\s+prepacked weights {N} times",
+        [ratio("throughput_vllm", "elapsed_time", name, "vllm") for name in ("sjf", "prepacked")],
     ),
     (r"transformers 5\.17 to 5\.23", []),
 ]

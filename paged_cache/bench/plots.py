@@ -87,11 +87,14 @@ def axis_of(results: Results) -> str | None:
 
 
 def panels_of(results: Results, axis: str | None) -> list[Panel]:
-    """A panel per metric and group of cases that differ in the axis only; without an axis, per metric and case."""
+    """A panel per metric and group of cases that differ in the axis only; without an axis, per metric and case.
+
+    Cases that lack the axis, as those of another part of a comparison, are in tables only.
+    """
     metrics = [name for name in results.compared or results.columns if any(x.metrics.get(name) for x in results.lines)]
     groups: dict[str, list[Case]] = {}
     keys = [name for name in varying(results.cases()) if name != axis]
-    for case in results.cases():
+    for case in (x for x in results.cases() if axis is None or _is_number(x.get(axis))):
         groups.setdefault(case_text({name: case[name] for name in keys if name in case}), []).append(case)
     panels = [Panel(metric, title, cases) for metric in metrics for title, cases in groups.items()]
     return [x for x in panels if _num_values(results, x) > 1][:MOST_PANELS]

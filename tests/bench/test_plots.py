@@ -44,6 +44,13 @@ def test_a_panel_per_metric_and_group():
     assert len(panels_of(make([{"name": name} for name in "abcdefghi"]), None)) == 6
 
 
+def test_cases_of_another_part():
+    """Who has no place on the axis is in no panel."""
+    cases = [*({"part": "caches", "context": 2**i} for i in range(3)), {"part": "users", "users": 8}]
+
+    assert [x.cases for x in panels_of(make(cases), "context")] == [cases[:3]]
+
+
 def test_ours_stands_out():
     """One colour is ours alone, and nobody shares a colour with another."""
     styles = styles_of(make([{}]))
@@ -55,7 +62,12 @@ def test_ours_stands_out():
 
 @pytest.mark.parametrize(
     "cases",
-    [[{}], [{"context": 2**i} for i in range(4)], [{"batch": b, "context": c} for b in (1, 8) for c in (1, 2, 3)]],
+    [
+        [{}],
+        [{"context": 2**i} for i in range(4)],
+        [*({"context": 2**i} for i in range(4)), {"users": 8}],
+        [{"batch": b, "context": c} for b in (1, 8) for c in (1, 2, 3)],
+    ],
 )
 def test_pictures_are_written(tmp_path, cases):
     """Into a folder that did not exist; with samples of zero, and candidates that are missing in some cases."""

@@ -74,7 +74,7 @@ RUNS = [
 
 
 # What these tests leave to others.
-RUN_ELSEWHERE = {"bench kernels": "tests/bench/test_kernels_bench.py"}
+RUN_ELSEWHERE = {"bench kernels": "tests/bench/test_kernels_bench.py", "bench startup": "tests/bench/test_steps.py"}
 
 
 @pytest.fixture

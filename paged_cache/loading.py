@@ -1,5 +1,6 @@
 """A causal language model and its tokenizer from a hub id or a folder, or one line that says what is wrong with it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,8 @@ def load(
         InvalidRequestError: There is no such model, or it lacks a part.
         UnsupportedModelError: The model does not predict the next token from those before it.
     """
-    where = {"local_files_only": not is_within_reach(name)}
+    _require_folder(name)
+    where = {"local_files_only": not must_ask_hub(name)}
     with quiet():
         _require_language_model(name, where)
         tokenizer = _load_tokenizer(name, needs_tokenizer, where)
@@ -54,14 +56,14 @@ def load(
     return model, tokenizer
 
 
-def is_within_reach(name: str | Path) -> bool:
-    """Whether the hub has to be asked for this model, and answers.
+def must_ask_hub(name: str | Path) -> bool:
+    """Whether the hub has to be asked for this model, and answers within `PATIENCE`.
 
     Where it does not, transformers would ask for each file again and again for half a minute.
     """
-    if Path(name).expanduser().exists():
-        return False
     try:
+        if Path(os.path.expanduser(name)).exists():  # noqa: PTH111 (Path raises for a home that nobody has)
+            return False
         model_info(str(name), timeout=PATIENCE)
     except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for
         return True
@@ -116,10 +118,13 @@ def _can_read(tokenizer: Any) -> bool:
     return bool(tokenizer.vocab_size and set(tokenizer(TEXT)["input_ids"]) - set(tokenizer.all_special_ids))
 
 
-def _load(auto_class: Any, name: str | Path, part: str, **kwargs: Any) -> Any:
+def _require_folder(name: str | Path) -> None:
     is_path = Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
     if is_path and not Path(name).is_dir():
         raise InvalidRequestError(f"there is no folder {name}: give a folder with a model in it, or a model id.")
+
+
+def _load(auto_class: Any, name: str | Path, part: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:

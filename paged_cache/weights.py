@@ -1,9 +1,9 @@
 """Tells when K and V computed earlier are no longer what the model would compute now."""
 
+import itertools
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -32,17 +32,18 @@ class WeightsVersion:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model, self.lock = weakref.ref(model, self._forget_modules), lock_of(model)
+        self._model, self.lock = weakref.ref(model), lock_of(model)
         self._seen: list[tuple[weakref.ref[Any], int]] = []
         self._sampled: tuple[int, Hashable] = (-1, None)
         self._generation = 0
         self._modules: _Modules | None = None
-        self._counting = threading.RLock()
+        self._counting = threading.Lock()
 
     def invalidate(self) -> None:
         """From now on the weights count as other ones."""
-        self._generation += 1
-        self._seen = []
+        with self._counting:
+            self._generation += 1
+            self._seen = []
         model = self._model()
         if model is not None:
             forget_copies(model)
@@ -78,10 +79,9 @@ class WeightsVersion:
         model = self._model()
         if model is None:
             return None
-        modules = self._modules
-        if modules is None or not modules.are_same():
-            modules = self._modules = _Modules(model)
-        return model.training, modules.places, modules.adapters, tuple(map(peft_layers.light_key, modules.tuners))
+        seen = self._modules
+        modules = seen if seen is not None and seen.are_same() else self._look_again(model, seen)
+        return model.training, modules.number, modules.adapters, tuple(map(peft_layers.light_key, modules.tuners))
 
     @property
     def tuners(self) -> list[Any]:
@@ -92,9 +92,11 @@ class WeightsVersion:
         """What `light_key` does not see: whether an adapter's weights are what they were. Quick, and not for good; see `Glance`."""
         return None if self._modules is None else self._modules.glance.at(adapter_name)
 
-    def _forget_modules(self, _: Any) -> None:
-        """The model is garbage; its parts are to go as well."""
-        self._modules = None
+    def _look_again(self, model: torch.nn.Module, seen: "_Modules | None") -> "_Modules":
+        with self._counting:
+            if self._modules is None or self._modules is seen:  # no other thread was first
+                self._modules = _Modules(model)
+            return self._modules
 
     def _count(self, parts: list[Any], tensors: list[torch.Tensor], version: int) -> None:
         """A new generation if the parts are other ones, or if peft wrote to them past the counters, as merging does."""
@@ -181,22 +183,22 @@ def _everything(model: torch.nn.Module) -> list[torch.nn.Module | None]:
 
 
 class _Modules:
-    """The modules and adapters of a model as they were when this was made.
+    """The modules and adapters of a model as they were when this was made. Keeps no module alive but peft's layers.
 
     Attributes:
-        places: Which modules there are, and where. Ids are enough: a module that comes back was there all the time, so that
-            nobody else had its id meanwhile.
-        tuners: Those that are peft's layers.
+        number: Another one each time.
+        tuners: Those modules that are peft's layers.
         adapters: Which adapters these have.
         glance: See `Glance`.
     """
 
+    _numbers = itertools.count()
+
     def __init__(self, model: torch.nn.Module) -> None:
-        modules = _everything(model)
-        self.places = tuple(map(id, modules))
+        self.number = next(self._numbers)
         self.tuners = list(peft_layers.split(model)[1])
         self.glance = Glance(self.tuners)
-        self._children = [module._modules for module in modules if module is not None]
+        self._parents = [weakref.ref(module) for module in _everything(model) if module is not None]
         self._keyed = [keyed for tuner in self.tuners for keyed in peft_layers.parameters_by_name(tuner)]
         self._seen, self.adapters = self._look(), self._names()
 
@@ -204,8 +206,11 @@ class _Modules:
         """Whether none came or went since; quick, since it is asked for every token."""
         return self._look() == self._seen and self._names() == self.adapters
 
-    def _look(self) -> list[torch.nn.Module | None]:
-        return [*chain.from_iterable(map(dict.values, self._children))]
+    def _look(self) -> list[Any]:
+        """All children of all modules, in order. References tell a module from another one that got its memory."""
+        ref = weakref.ref
+        modules = [module for parent in self._parents if (module := parent()) is not None]
+        return [None if child is None else ref(child) for module in modules for child in module._modules.values()]
 
     def _names(self) -> tuple[tuple[str, ...], ...]:
         return tuple(map(tuple, self._keyed))

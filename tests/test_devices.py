@@ -215,8 +215,8 @@ def test_a_mask_moves_without_being_made() -> None:
 def far_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """What `far_runs.py` says of each run: the traceback of one that failed."""
     script = Path(__file__).with_name("far_runs.py")
-    status, output = run_script(script, tmp_path_factory.mktemp("far_runs"), timeout=SECONDS)
-    assert status == 0, output
+    status, output, errors = run_script(script, tmp_path_factory.mktemp("far_runs"), timeout=SECONDS)
+    assert status == 0, errors
     found: dict[str, str | None] = json.loads(output.splitlines()[-1])
     assert list(found) == RUNS
     return found

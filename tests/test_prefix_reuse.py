@@ -372,24 +372,60 @@ def test_a_first_look_from_many_threads():
 
 
 def test_modules_that_come_and_go():
-    """The quick look sees a module that is replaced, added or taken away anywhere, and keeps nothing alive."""
+    """The quick look sees a module that is replaced, added or taken away anywhere, even one at another's old address."""
     of = copy.deepcopy(model("llama"))
     version, layer = WeightsVersion(of), of.model.layers[0]
-    seen = [version.light_key()]
-    assert version.light_key() == seen[0]
-    old, layer.mlp = layer.mlp, copy.deepcopy(layer.mlp)
-    seen.append(version.light_key())
-    layer.mlp.act_fn.extra = torch.nn.Identity()  # a child of what had none
-    seen.append(version.light_key())
-    del layer.mlp.act_fn.extra
-    seen.append(version.light_key())
-    layer.mlp = old
-    assert version.light_key() == seen[0]
-    assert len(set(seen)) == 3
-    assert seen[1] == seen[3]
 
-    remains = weakref.ref(old)
-    del of, layer, old
+    def swap():
+        layer.mlp = copy.deepcopy(layer.mlp)
+
+    def add_to_what_had_none():
+        layer.mlp.act_fn.extra = torch.nn.Identity()
+
+    def take_away():
+        del layer.mlp.act_fn.extra
+
+    def replace_the_dict():
+        layer._modules = {**layer._modules, "mlp": copy.deepcopy(layer.mlp)}
+
+    def take_the_address():
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.nn.Tanh()
+
+    seen = [version.light_key()]
+    for change in (swap, add_to_what_had_none, take_away, replace_the_dict, take_the_address):
+        assert version.light_key() == seen[-1]
+        change()
+        seen.append(version.light_key())
+    assert len(set(seen)) == len(seen)
+
+
+def test_looking_keeps_nothing_alive():
+    """Neither a module that was replaced, nor a model that one of its modules knows."""
+    of = copy.deepcopy(model("llama"))
+    version, layer = WeightsVersion(of), of.model.layers[0]
+    layer.owner = [of]
+    version.light_key()
+    replaced, layer.mlp = weakref.ref(layer.mlp), copy.deepcopy(layer.mlp)
+    gc.collect()
+    assert replaced() is None
+
+    remains = weakref.ref(of)
+    version.light_key()
+    del of, layer
     gc.collect()
     assert remains() is None
     assert version.light_key() is None
+
+
+def test_modules_of_torchscript():
+    """Their children are in no plain dict: generation goes on."""
+    of = copy.deepcopy(model("llama"))
+    inputs = prompts((9, 14))
+    expected = of.generate(**inputs, **GREEDY).tolist()
+    for layer in of.model.layers:
+        layer.mlp.act_fn = torch.jit.trace(torch.nn.Sequential(torch.nn.SiLU()), torch.ones(2))
+    pool = poisoned_pool(of)
+    with paged_cache.patch(of):
+        for _ in range(2):
+            assert of.generate(**inputs, **GREEDY, past_key_values=PagedCache(pool)).tolist() == expected

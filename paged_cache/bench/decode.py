@@ -168,9 +168,10 @@ class Race:
 
     def lengthen_turns(self) -> None:
         """From now on `MOST_STEPS` in a row, or as many as the slowest makes in the time of a turn."""
-        slowest = max(stepper.steps[-1] for stepper in self.steppers.values())
+        slowest = max(statistics.median(stepper.steps[-WARM_UP:]) for stepper in self.steppers.values())
         self.turn = max(1, min(MOST_STEPS, int(TURN / slowest)))
         self._ids = self._new_ids()
+        self._make_room()
 
     def round(self) -> None:
         """A turn of everybody. A peer that fails or differs is left out from now on.
@@ -214,6 +215,9 @@ class Race:
             self._compare(name)
         self._outputs, self._ids = {}, self._new_ids()
         self._num_steps += self.turn
+        self._make_room()
+
+    def _make_room(self) -> None:
         if self._num_steps + self.turn > GROWTH:
             for stepper in self.steppers.values():
                 stepper.crop(self._num_steps)

@@ -181,7 +181,8 @@ def alternate(
     """Samples of short calls, in turns for about so many seconds, so that a disturbance hits all of them.
 
     Args:
-        watches: By name; each does its work once and returns how long it took. Every other round starts with the last.
+        watches: By name; each does its work once and returns how long it took. Each round starts with another one, so that
+            nobody who follows himself is warmer than the others.
         seconds: At least five rounds are made however long they take.
         most_samples: Where there are more rounds, neighbouring ones are bundled: their median is one sample.
         warm_up: Rounds before, whose samples do not count.
@@ -192,8 +193,9 @@ def alternate(
         watch()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
-        for name, watch in order if rounds % 2 == 0 else order[::-1]:
+        for name, watch in order:
             samples[name].append(watch())
+        order.append(order.pop(0))
         rounds += 1
     return {name: bundle(values, most_samples) for name, values in samples.items()}
 

@@ -1,5 +1,6 @@
 """A model's config from wherever it is, and what of it says in which dtype and for how many tokens the model is made."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from ..compat import text_config
 from ..errors import InvalidRequestError, UnsupportedModelError
-from ..loading import is_within_reach
+from ..loading import must_ask_hub
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LIMITS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -22,7 +23,7 @@ def read_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     """
     if isinstance(model, PreTrainedConfig):
         return model
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 (Path raises for a home that nobody has)
     looks_local = (
         path.is_absolute() or str(model).startswith((".", "~")) or path.suffix == ".json" or len(path.parts) > 2
     )
@@ -34,7 +35,7 @@ def read_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path if path.exists() else str(model),
             trust_remote_code=False,
-            local_files_only=not is_within_reach(str(model)),
+            local_files_only=not must_ask_hub(str(model)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidRequestError(f"cannot read the config of {model}: {_reason(error, path.exists())}") from error

@@ -214,7 +214,7 @@ def test_garbage_is_not_carried_over(log):
 
 
 def test_short_calls_alternate():
-    """One round does not count, then at least five do, forth and back, however little time there is."""
+    """One round does not count, then at least five do, each begun by another one, however little time there is."""
     order = []
 
     def watch(name):

@@ -79,7 +79,7 @@ def test_turns_of_many_steps(layers):
     steps.round()
     for seconds, turn in ((0.001, 8), (0.03, 3), (1.0, 1)):
         for stepper in steps.steppers.values():
-            stepper.steps.append(seconds)
+            stepper.steps += [seconds] * decode.WARM_UP
         steps.lengthen_turns()
         assert steps.turn == turn
         before = len(steps.steppers["paged"].steps)

@@ -242,7 +242,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def guard(folder: Path, *arguments: str) -> tuple[int | None, str]:
+def guard(folder: Path, *arguments: str) -> tuple[int | None, str, str]:
     """Run `cpu_guard_pages.py` in a process of its own."""
     pytest.importorskip("triton")  # guard_pages.py is shared with the tests of its kernels
     return run_script(Path(__file__).with_name("cpu_guard_pages.py"), folder, *arguments, timeout=SECONDS)
@@ -252,9 +252,9 @@ def guard(folder: Path, *arguments: str) -> tuple[int | None, str]:
 @pytest.mark.parametrize("side", ["front", "back"])
 def test_touches_nothing_outside_its_tensors(side: str, tmp_path: Path) -> None:
     """No SIGSEGV with unmapped memory right before or behind all tensors, and one with a wrong block id."""
-    status, output = guard(tmp_path, side)
+    status, output, errors = guard(tmp_path, side)
 
-    assert status == 0, output
+    assert status == 0, output + errors
     assert output.count("right") == 6
     assert guard(tmp_path, side, "wrong-block")[0] == -signal.SIGSEGV
 
@@ -272,7 +272,7 @@ def test_compiling_is_announced_and_kept(tmp_path: Path) -> None:
     """The first process says that it compiles before it does; the next one finds the kernel on the disk."""
     script = tmp_path / "script.py"
     script.write_text(COMPILES, encoding="utf-8")
-    (_, first), (status, second) = (
+    (_, _, first), (status, _, second) = (
         run_script(script, tmp_path, timeout=SECONDS, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)
     )
 

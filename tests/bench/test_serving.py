@@ -127,7 +127,7 @@ def test_requests_over_time(bench):
 
     (case,) = results.cases()
     assert (case["request_rate"], case["burstiness"]) == (40, 1)
-    assert results.candidates() == ["loop", *GENERATE_BATCH, "fcfs", "sjf", "hrrn"]
+    assert results.candidates() == ["loop", *GENERATE_BATCH, "fcfs", "sjf", "hrrn", "prepacked"]
     assert results.details["arrivals"][-1] == pytest.approx(8 / 40)
     for line in results.lines:
         found = {metric: samples[0] for metric, samples in line.metrics.items()}

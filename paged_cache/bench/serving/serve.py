@@ -13,10 +13,10 @@ from .arrivals import make_pace
 from .comparing import Settings, checked_by, compare, servers, torch_threads
 from .datasets import Dataset
 from .metrics import Wanted, serve_metrics
-from .ours import POLICIES
+from .ours import OURS
 from .outcome import Pace
 
-POSSIBLE = ("loop", "generate_batch", *POLICIES)
+POSSIBLE = ("loop", "generate_batch", *OURS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run(
             settings.for_json() | dataset.settings() | traffic.case() | {"wanted": asdict(traffic.wanted)},
             columns=traffic.columns(),
             compared=[f"mean_{name}_ms" for name in traffic.wanted.names if name in ("ttft", "tpot")],
-            ours=[name for name in names if name in POLICIES],
+            ours=[name for name in names if name in OURS],
         )
         if earlier:
             results.add_to(earlier)

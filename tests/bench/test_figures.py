@@ -147,6 +147,7 @@ FIGURES = [
         rf"vLLM's CPU build .*? {N} times its time, with\s+prepacked weights {N} times",
         [ratio("throughput_vllm", "elapsed_time", name, "vllm") for name in ("sjf", "prepacked")],
     ),
+    (rf"own it is {N} and {N} times", [ratio("serve", "duration", name, "vllm") for name in ("sjf", "prepacked")]),
     (r"transformers 5\.17 to 5\.23", []),
 ]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def finish(results: "Results", output_json: Path | None, quick: bool = False) -> None:
     """Shows the tables, and writes the JSON file if one is asked for.
 
-    Goals are for runs in full: after a quick one they are neither judged nor written.
+    Goals and ratios are for runs in full: after a quick one they are neither judged nor written.
     """
     from rich.console import Console
 
@@ -20,10 +20,11 @@ def finish(results: "Results", output_json: Path | None, quick: bool = False) ->
 
     console = Console(highlight=False)
     if quick:
-        results.goals = []
+        results.goals, results.compared = [], []
+        results.title += " (--quick: the figures say little)"
     show(results, console)
     if quick:
-        console.print("--quick: the figures say little, and goals are not judged.", style="yellow")
+        console.print("--quick: the figures say little; nothing is compared or judged.", style="yellow")
     if output_json:
         console.print(f"\nwritten: {results.save(output_json)}")
 

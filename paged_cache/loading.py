@@ -62,7 +62,7 @@ def must_ask_hub(name: str | Path) -> bool:
     Where it does not, transformers would ask for each file again and again for half a minute.
     """
     try:
-        if Path(os.path.expanduser(name)).exists():  # noqa: PTH111 (Path raises for a home that nobody has)
+        if expanded(name).exists():
             return False
         model_info(str(name), timeout=PATIENCE)
     except (HfHubHTTPError, ValueError):  # an answer, or no name to ask for
@@ -70,6 +70,11 @@ def must_ask_hub(name: str | Path) -> bool:
     except Exception:  # noqa: BLE001 (each version has another client, with errors of its own)
         return False
     return True
+
+
+def expanded(name: str | Path) -> Path:
+    """As a path, with a home for `~`; as it is where nobody has that home."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path raises then)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _read_mask(
     """Padding per row, whether there is nothing but left padding, and the first row whose last token is masked."""
     if mask.dim() != 2 or tuple(mask.shape) != (batch, end):
         return pads, False, None
-    if not any(pads) and mask.all():  # a decoding step without padding: one look is enough
+    if not any(pads) and mask.all():  # nothing is padded, as in most decoding steps: one look is enough
         return pads, True, None
     visible = mask != 0
     counts = visible.sum(1)

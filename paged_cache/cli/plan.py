@@ -1,7 +1,6 @@
 """`paged-cache plan`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,7 +85,7 @@ def plan(
         if trace_scale is not None and not trace:
             raise InvalidRequestError(f"--trace-scale is {trace_scale}, but there is no --trace that it divides.")
         made = make_plan(
-            Path(model).expanduser() if model.startswith("~") else model,
+            model,
             memory=memory or None,
             dtype=dtype,
             kv_dtype=kv_dtype,

@@ -1,6 +1,5 @@
 """A model's config from wherever it is, and what of it says in which dtype and for how many tokens the model is made."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
 from ..compat import text_config
 from ..errors import InvalidRequestError, UnsupportedModelError
-from ..loading import must_ask_hub
+from ..loading import expanded, must_ask_hub
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _LIMITS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -23,7 +22,7 @@ def read_config(model: str | Path | PreTrainedConfig) -> PreTrainedConfig:
     """
     if isinstance(model, PreTrainedConfig):
         return model
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 (Path raises for a home that nobody has)
+    path = expanded(model)
     looks_local = (
         path.is_absolute() or str(model).startswith((".", "~")) or path.suffix == ".json" or len(path.parts) > 2
     )

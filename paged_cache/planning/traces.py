@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..bench.workload import TRACE
 from ..errors import InvalidRequestError
+from ..loading import expanded
 
 AZURE = "azure"
 """Names the trace that the package has: conversations of 2023, 256 of them."""
@@ -25,7 +26,7 @@ def read_trace(trace: str | Path, scale: float = 1.0) -> list[tuple[int, int]]:
         raise InvalidRequestError(
             f"the scale of the trace is {scale}; it divides lengths and has to be a number above 0."
         )
-    path = TRACE if str(trace) == AZURE else Path(trace).expanduser()
+    path = TRACE if str(trace) == AZURE else expanded(trace)
     if not path.is_file():
         raise InvalidRequestError(
             f"there is no trace {trace}: give a CSV file with columns prompt and output, or {AZURE!r}."

@@ -176,6 +176,16 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
     assert time.perf_counter() - start < 5
 
 
+def test_a_home_that_nobody_has():
+    """Is no place for a model or a trace, in one line."""
+    plain = run("~nobodyknows/x", "--memory", "1GiB")
+    traced = run(MODEL_PATH, "--memory", "1GiB", "--trace", "~nobodyknows/x.csv")
+
+    assert (plain.exit_code, traced.exit_code) == (1, 1)
+    assert "there is no ~nobodyknows/x: give a folder" in plain.output
+    assert "there is no trace ~nobodyknows/x.csv" in traced.output
+
+
 def test_configs_that_are_not_there(tmp_path, monkeypatch):
     """A file, a folder without config, a file that is no config, an id without network: each is said."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -17,7 +17,14 @@ from .memory.storage import KVStorage, itemsizes
 from .model_spec import ModelSpec, model_spec
 from .pool_stats import PoolStats
 from .saved_prefixes import SavesPrefixes
-from .sizes import check_block_size, check_dtypes, format_bytes, num_blocks_for, num_host_blocks_for
+from .sizes import (
+    check_block_size,
+    check_dtypes,
+    format_bytes,
+    num_blocks_for,
+    num_host_blocks_for,
+    require_room,
+)
 from .weights import WeightsVersion
 
 
@@ -80,7 +87,7 @@ class BlockPool(SavesPrefixes):
             offload_memory: Bytes of host memory, as `memory`, for blocks that would be evicted (docs/kv_offload.md).
 
         Raises:
-            InvalidRequestError: An argument is wrong.
+            InvalidRequestError: An argument is wrong, or asks for more memory than there is.
             UnsupportedModelError: The model has no text decoder that transformers' caches know.
         """
         inner = base_model(model)
@@ -96,6 +103,8 @@ class BlockPool(SavesPrefixes):
         per_token = layout.entry_bytes_by_device(*itemsizes(kv_dtype)) or {input_device(inner): 0}
         per_block = {device: n * block_size for device, n in per_token.items()}
         count = num_blocks_for(num_blocks, memory, per_block)
+        host_count = num_host_blocks_for(offload_memory, per_block, prefix_caching)
+        require_room(per_block, count, host_count)
         pool = cls(
             spec,
             layout,
@@ -105,11 +114,20 @@ class BlockPool(SavesPrefixes):
             device=next(iter(devices.values()), input_device(inner)),
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
-            num_host_blocks=num_host_blocks_for(offload_memory, per_block, prefix_caching),
+            num_host_blocks=host_count,
         )
         pool.has_attention_interface = uses_attention_interface(inner, spec.config)
         pool._model, pool._weights = weakref.ref(inner), WeightsVersion(inner)
         logger.info("BlockPool for %s: %s", type(inner).__name__, pool.describe())
+        return pool
+
+    def for_trials(self, num_blocks: int) -> "BlockPool":
+        """A pool of its own for the same model, which stores K and V as they are and no prefixes."""
+        layout, size, dtype, device = self.storage.layout, self.block_size, self.dtype, self.storage.device
+        pool = BlockPool(
+            self.spec, layout, num_blocks=num_blocks, block_size=size, dtype=dtype, device=device, prefix_caching=False
+        )
+        pool.has_attention_interface, pool._model = self.has_attention_interface, self._model
         return pool
 
     @property
@@ -169,23 +187,7 @@ class BlockPool(SavesPrefixes):
 
     def stats(self) -> PoolStats:
         """Counters since the pool was made, and the states of its blocks."""
-        manager, allocator = self.manager, self.manager.allocator
-        num_free, num_cached = manager.num_free, manager.num_cached
-        return PoolStats(
-            num_blocks=self.num_blocks,
-            num_free=num_free,
-            num_cached=num_cached,
-            num_referenced=self.num_blocks - num_free,
-            allocated=allocator.counters.allocated,
-            freed=allocator.counters.freed,
-            evictions=allocator.counters.evictions,
-            cow_copies=manager.counters.cow_copies,
-            prefix_queries=manager.counters.prefix_queries,
-            prefix_hits=manager.counters.prefix_hits,
-            nbytes=self.nbytes,
-            **vars(manager.host.counters),
-            num_offloaded=len(manager.host),
-        )
+        return PoolStats.of(self.manager, self.nbytes)
 
     def check(self) -> None:
         """Raises `PagedCacheError` if any invariant of the bookkeeping is broken. Takes time: for tests."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .memory.manager import BlockManager
+
 
 @dataclass(frozen=True)
 class PoolStats:
@@ -33,3 +35,23 @@ class PoolStats:
     restored: int
     not_offloaded: int
     num_offloaded: int
+
+    @classmethod
+    def of(cls, manager: BlockManager, nbytes: int) -> "PoolStats":
+        """Counts of now; `nbytes` of K and V."""
+        allocator, num_free = manager.allocator, manager.num_free
+        return cls(
+            num_blocks=allocator.num_blocks,
+            num_free=num_free,
+            num_cached=manager.num_cached,
+            num_referenced=allocator.num_blocks - num_free,
+            allocated=allocator.counters.allocated,
+            freed=allocator.counters.freed,
+            evictions=allocator.counters.evictions,
+            cow_copies=manager.counters.cow_copies,
+            prefix_queries=manager.counters.prefix_queries,
+            prefix_hits=manager.counters.prefix_hits,
+            nbytes=nbytes,
+            **vars(manager.host.counters),
+            num_offloaded=len(manager.host),
+        )

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
 import torch
 
+from .compat import logger
 from .errors import InvalidRequestError
+from .machine_memory import free_memory, total_memory
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
@@ -87,6 +88,32 @@ def num_host_blocks_for(offload_memory: Any, block_nbytes: Mapping[Any, int], pr
     return _fitting(offload_memory, sum(block_nbytes.values()), torch.device("cpu"), "offload_memory")
 
 
+def require_room(block_nbytes: Mapping[Any, int], num_blocks: int, num_host_blocks: int) -> None:
+    """Refuses a pool that can never fit; warns of one that does not fit now, where memory is promised until it is written.
+
+    Args:
+        block_nbytes: Bytes of one block by device.
+        num_blocks, num_host_blocks: Of the pool, and of those in host memory.
+
+    Raises:
+        InvalidRequestError: A device has less memory, used or not.
+    """
+    needed = {device: nbytes * num_blocks for device, nbytes in block_nbytes.items()}
+    host = torch.device("cpu")
+    needed[host] = needed.get(host, 0) + num_host_blocks * sum(block_nbytes.values())
+    for device, nbytes in needed.items():
+        total = total_memory(device)
+        if total is None or nbytes <= (free := free_memory(device)):
+            continue
+        asked = (
+            f"{format_bytes(nbytes)} of {device} for blocks; it has {format_bytes(total)}, {format_bytes(free)} free"
+        )
+        if nbytes > total:
+            raise InvalidRequestError(f"the pool would take {asked}: ask for less, or for a share, such as memory=0.5.")
+        if device == host:  # elsewhere torch says so at once
+            logger.warning("the pool may take %s: the system may end this process when blocks are written", asked)
+
+
 def _fitting(memory: Any, block_nbytes: int, device: torch.device, name: str = "memory") -> int:
     """How many blocks of so many bytes fit."""
     memory = as_share(memory)
@@ -130,13 +157,6 @@ def unit_hint(memory: Any) -> str:
     text = memory.strip() if isinstance(memory, str) else ""
     is_small = re.fullmatch(r"\d+(\.\d+)?", text) and 1 < float(text) < 1024
     return f" {text} without a unit are bytes; did you mean '{text}GiB'?" if is_small else ""
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def format_bytes(count: float) -> str:

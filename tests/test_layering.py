@@ -15,6 +15,7 @@ FLOORS = {
     "paged_cache.compat": 0,
     "paged_cache.assets": 0,
     "paged_cache.optional": 0,
+    "paged_cache.machine_memory": 0,
     "paged_cache.memory": 1,
     "paged_cache.kernels": 1,
     "paged_cache.paged_tensor": 1,

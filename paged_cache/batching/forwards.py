@@ -67,7 +67,7 @@ def choose_forward(model: Any, pool: BlockPool) -> Forward:
     ways: list[Callable[[Any, BlockPool], Forward]] = [PackedForward, PaddedForward, single]
     with torch.no_grad():
         try:
-            expected = _trial(single(inner, _trial_pool(inner, pool)), is_interleaved=False)
+            expected = _trial(single(inner, _trial_pool(pool)), is_interleaved=False)
         except CAUGHT as error:
             raise UnsupportedModelError(f"{type(inner).__name__} cannot be batched: {error}") from error
         for way in ways:
@@ -87,7 +87,7 @@ def _why_not(way: Any, model: PreTrainedModel, pool: BlockPool, expected: torch.
     if way is PaddedForward and pool.spec.has_length_dependent_rope:
         return "the longest row decides how positions are encoded"
     try:
-        logits = _trial(way(model, _trial_pool(model, pool)), is_interleaved=True)
+        logits = _trial(way(model, _trial_pool(pool)), is_interleaved=True)
     except CAUGHT as error:
         return f"{type(error).__name__}: {error}"
     return _why_different(logits, expected, TOLERANCES.get(model.dtype, 0.05))
@@ -106,11 +106,8 @@ def _why_different(logits: torch.Tensor, expected: torch.Tensor, tolerance: floa
     return None if difference <= tolerance else f"logits of a trial differ by {difference:.2g} of their greatest"
 
 
-def _trial_pool(model: PreTrainedModel, pool: BlockPool) -> BlockPool:
-    num_blocks = max(8, 16 // pool.block_size) * max(len(pool.storage.layout.windows), 1)
-    return BlockPool.for_model(
-        model, num_blocks=num_blocks, block_size=pool.block_size, dtype=pool.dtype, prefix_caching=False
-    )
+def _trial_pool(pool: BlockPool) -> BlockPool:
+    return pool.for_trials(max(8, 16 // pool.block_size) * max(len(pool.storage.layout.windows), 1))
 
 
 def _trial(forward: Any, is_interleaved: bool) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .loop import EngineLoop
 from .options import RequestOptions, per_prompt
 from .output import RequestOutput
 from .policy import Policy
-from .pool_memory import PoolMemory
+from .pool_memory import PoolMemory, rows_with_blocks
 from .progress import Progress
 from .scheduler import Scheduler
 from .serving import hold_for, limits_for, require_different, require_limits, require_observers, require_served
@@ -234,7 +234,7 @@ class ContinuousBatcher:
         Raises:
             PagedCacheError: Called from inside a step.
         """
-        return self._loop.between_steps(lambda: pool_map(self.pool, caches, self._engine.rows()))
+        return self._loop.between_steps(lambda: pool_map(self.pool, caches, rows_with_blocks(self._engine.requests)))
 
     def observe(self, observer: AnyObserver) -> AnyObserver:
         """Calls `observer` with each `observability.Event` from now on, and returns it.

@@ -20,6 +20,11 @@ class Budget:
         self._most, self._good_steps = most, 0
         self.limit: int | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Most tokens in the next step."""
+        return self._most if self.limit is None else self.limit
+
     def use_less(self, count: int) -> None:
         """A step of so many tokens ran out of memory."""
         self.limit, self._good_steps = count // 2, 0

@@ -1,8 +1,7 @@
 """The engine: one step after the other, for whoever calls. It knows no threads and no tokenizer."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -13,12 +12,12 @@ from ..errors import InvalidRequestError, OutOfBlocksError
 from .adapter_forward import AdapterForward, by_adapter
 from .adapter_store import AdapterStore
 from .budget import Budget
-from .deadlines import Deadlines
-from .plan import StepPlan
+from .plan import StepPlan, rest_of
 from .pool_memory import PoolMemory
-from .processing import OutputProcessor, make_output
+from .processing import OutputProcessor
 from .reporting import Reports
 from .request import Chunk, Request, Status
+from .roster import Roster
 from .scheduler import Scheduler
 from .stopwatch import Stopwatch
 
@@ -38,8 +37,7 @@ class Engine:
         tokenizer: Goes to the outputs, for their text.
 
     Attributes:
-        requests: Those that are not over, by id.
-        finished: How many requests are over, by finish reason.
+        requests, finished, finish, reject: See `Roster`.
         outputs: Turns logits into tokens.
         reports: Who observes, and what happened.
         num_steps, num_tokens: Steps executed, and tokens computed in them.
@@ -57,16 +55,16 @@ class Engine:
         tokenizer: Any = None,
     ) -> None:
         self.forward, self.memory, self.scheduler, self.adapters = forward, memory, scheduler, adapters
-        self._clock, self._tokenizer = clock, tokenizer
-        self.requests: dict[str, Request] = {}
-        self.finished: Counter[str] = Counter()
+        self._clock = clock
         self.reports = Reports(scheduler, memory)
+        self._roster = Roster(scheduler, self.reports, clock, tokenizer)
+        self.requests, self.finished = self._roster.requests, self._roster.finished
+        self.finish, self.reject = self._roster.finish, self._roster.reject
         self.outputs = OutputProcessor(forward, memory, scheduler, self.reports, self.finish, clock)
         self.num_steps = self.num_tokens = self.peak_blocks = 0
         self.forward_seconds = self.step_seconds = 0.0
         self._budget = Budget(scheduler.max_num_batched_tokens)
         self._blocked_since: float | None = None
-        self._deadlines = Deadlines()
 
     def add(self, *requests: Request) -> None:
         """Lets requests wait for their turn; those that come together are ordered together.
@@ -78,18 +76,16 @@ class Engine:
         for request in requests:
             if request.status is Status.FINISHED:
                 continue
-            known = self.requests.setdefault(request.request_id, request)
-            if known is not request:
+            if not self._roster.enter(request):
                 self.reject(request, InvalidRequestError(f"request_id {request.request_id!r} is under way."))
             elif request.number < 0:
-                self._deadlines.add(request)
                 new.append(request)
         try:
             self._add_new(new)
         except BaseException:
             for request in new:
                 if request.number < 0:
-                    self._forget(request)
+                    self._roster.forget(request)
             raise
 
     def _add_new(self, requests: list[Request]) -> None:
@@ -114,7 +110,7 @@ class Engine:
             KeyboardInterrupt: Or whatever else is no `Exception`: the step is taken back, all requests go on.
         """
         start = self._clock()
-        for request in self._deadlines.pop_due(start):
+        for request in self._roster.pop_due(start):
             self.finish(request, "timeout")
         is_done = False
         try:
@@ -130,66 +126,10 @@ class Engine:
         self.adapters.sweep()
         return is_done
 
-    def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        """Ends a request, in whatever state: its blocks go back, and its handle gets the one and only output."""
-        if not self._forget(request):
-            return
-        decoding = request.decoding
-        try:
-            if reason in ("stop", "length"):
-                self.scheduler.observe_output(request, max(map(len, decoding.sequences()), default=0))
-            self.scheduler.remove(request)
-            decoding.close()
-        except Exception as raised:  # noqa: BLE001 (whatever is wrong, nobody is to wait for the end forever)
-            reason, error = "error", error or raised
-        finally:
-            self._tell(request, reason, error)
-
-    def reject(self, request: Request, error: Exception) -> None:
-        """Ends a request that never began."""
-        request.status = Status.FINISHED
-        self._tell(request, "rejected", error)
-
-    def rows(self) -> Iterator[tuple[str, list[list[int]], int]]:
-        """Of every row that has blocks: its request's id, its block tables, and how many tokens are in them."""
-        for name, request in self.requests.items():
-            for row in request.rows:
-                if row.sequence is not None:
-                    yield name, row.sequence.tables, row.num_computed
-
     def rest(self) -> None:
         """There is nothing to do."""
         if self.reports.observers:
             self.reports.idle(self._clock())
-
-    def _forget(self, request: Request) -> bool:
-        """Whether the request was not over yet."""
-        if self.requests.get(request.request_id) is not request:
-            return False
-        del self.requests[request.request_id]
-        self._deadlines.discard(request)
-        return True
-
-    def _tell(self, request: Request, reason: str, error: Exception | None) -> None:
-        """Whoever reads the streamer or holds the handle hears of the end."""
-        streamer = request.decoding.streamer
-        try:
-            if streamer is not None:
-                streamer.end()
-        except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
-            if error is None:
-                reason, error = "error", raised
-        finally:
-            self.finished[reason] += 1
-            if error is not None:
-                kind = type(error).__name__
-                logger.warning("request %s ended (%s): %s: %s", request.request_id, reason, kind, error)
-            now = self._clock()
-            output = make_output(request, reason, error, now, self._tokenizer)
-            if self.reports.observers and request.request_id not in self.requests:  # that one is not over
-                self.reports.finished(request, output, now)  # who ends the handle
-            else:
-                request.handle._finish(output)
 
     def _compute(self) -> bool:
         """Plans, executes and gives out tokens, again with less if memory runs out; whether that came to its end."""
@@ -218,7 +158,7 @@ class Engine:
                 self._rewind(plan)
                 self._blocked_since = None
                 if not is_out_of_memory(error):
-                    return self._fail(plan.chunks, error)
+                    return self._isolate(plan.chunks, error)
                 if not 1 < count < least:  # a prompt that is computed in one piece may be more than the budget
                     return self._fail([max(plan.chunks, key=lambda chunk: chunk.num_tokens)], error)
                 least = count
@@ -234,7 +174,8 @@ class Engine:
 
     def _wait_for_blocks(self) -> bool:
         """Nothing gets on: if there are requests, their blocks are held outside the batcher, but not forever."""
-        now, first = self._clock(), next(chain(self.scheduler.running, self._waiting()), None)
+        waiting = sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
+        now, first = self._clock(), next(chain(self.scheduler.running, waiting), None)
         if first is None:
             self._blocked_since = None
             return False
@@ -244,9 +185,6 @@ class Engine:
             needed = sum(self.memory.growth(row, row.num_tokens - row.num_computed) for row in first.rows)
             self.finish(first, "error", OutOfBlocksError(needed, self.memory.num_free))
         return False
-
-    def _waiting(self) -> Iterator[Request]:
-        yield from sorted(self.scheduler.waiting, key=lambda request: (request.priority, request.key))
 
     def _execute(self, plan: StepPlan, count: int) -> None:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
@@ -285,6 +223,32 @@ class Engine:
             if any(row.num_computed == row.num_tokens for row in request.rows):
                 self.memory.release(request)
                 self.memory.admit(request)
+
+    def _isolate(self, chunks: list[Chunk], error: Exception) -> bool:
+        """A step failed: only requests that fail alone are to suffer; whether anything was computed."""
+        requests = {id(chunk.request): chunk.request for chunk in chunks}.values()
+        if len(requests) == 1:
+            return self._fail(chunks, error)
+        kind = type(error).__name__
+        logger.warning("a step of %d requests failed, each is computed alone: %s: %s", len(requests), kind, error)
+        running = [request for request in requests if request.status is Status.RUNNING]
+        return sum(map(self._execute_alone, running)) > 0
+
+    def _execute_alone(self, request: Request) -> bool:
+        """Whether it went well; without enough memory the request waits for the next step."""
+        plan = StepPlan(rest_of(request, 2**62 if self.forward.whole_prompts else self._budget.tokens))
+        try:
+            self._execute(plan, sum(chunk.num_tokens for chunk in plan.chunks))
+        except BaseException as error:
+            self._rewind(plan)
+            if not isinstance(error, Exception):
+                raise
+            return (
+                not isinstance(error, OutOfBlocksError)
+                and not is_out_of_memory(error)
+                and self._fail(plan.chunks, error)
+            )
+        return True
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> bool:
         for request in {id(chunk.request): chunk.request for chunk in chunks}.values():

@@ -87,3 +87,9 @@ class SchedulerStats(NamedTuple):
     waiting_work: float
     step_cost: tuple[float, float, float]
     correlation: float | None
+
+
+def rest_of(request: Request, most: int) -> list[Chunk]:
+    """What is left to compute of a running request's rows, at most so many tokens of each."""
+    left = ((row, row.num_tokens - row.num_computed) for row in request.rows)
+    return [Chunk(request, row, min(count, most)) for row, count in left if count]

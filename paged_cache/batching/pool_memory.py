@@ -1,6 +1,6 @@
 """The pool as the scheduler sees it: blocks of requests instead of blocks of sequences."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -198,6 +198,14 @@ class PoolMemory:
         """What names the full block of these tokens behind a node."""
         start = node.depth * self.block_size
         return id(node), tuple(tokens[start : start + self.block_size])
+
+
+def rows_with_blocks(requests: Mapping[str, Request]) -> Iterator[tuple[str, list[list[int]], int]]:
+    """Of every row that has blocks: its request's id, its block tables, and how many tokens are in them."""
+    for name, request in requests.items():
+        for row in request.rows:
+            if row.sequence is not None:
+                yield name, row.sequence.tables, row.num_computed
 
 
 def _root_key_of(sequence: Sequence) -> Hashable | None:

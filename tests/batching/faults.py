@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import itertools
 import threading
 import time
@@ -100,24 +101,31 @@ def in_threads(*functions):
 
 @contextlib.contextmanager
 def failing(of, fails, error, late=False):
-    """Lets a model raise in forwards for which `fails(number, num_tokens)`, numbered from 1.
+    """Lets a model raise in forwards for which `fails(number, num_tokens)`, numbered from 1, or `fails(number, num_tokens, ids)`.
 
-    At the beginning, or `late`: when all layers have written their keys and values.
+    At the beginning, or `late`: when all layers have written their keys and values. `error` is one, or makes one.
     """
     numbers = itertools.count(1)
+    seen = []
 
-    def hook(module, args, output=None):
-        if fails(next(numbers), args[0].shape[:2].numel()):
-            raise error() if isinstance(error, type) else error
+    def see(module, args):
+        about = {"number": next(numbers), "num_tokens": args[0].shape[:2].numel(), "ids": args[0]}
+        seen[:] = list(about.values()) if "ids" in inspect.signature(fails).parameters else list(about.values())[:2]
+        if not late:
+            hook()
 
+    def hook(*_):
+        if fails(*seen):
+            raise error if isinstance(error, BaseException) else error()
+
+    handles = [of.get_input_embeddings().register_forward_pre_hook(see)]
     if late:
-        handle = of.model.norm.register_forward_hook(hook)
-    else:
-        handle = of.get_input_embeddings().register_forward_pre_hook(hook)
+        handles.append(of.model.norm.register_forward_hook(hook))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Streamer:

@@ -72,23 +72,45 @@ def raising_at(number, error=ValueError):
 
 @both
 @pytest.mark.parametrize("number", [1, 2, 4])
-def test_forward_that_raises(number, name, late):
-    """Requests of the step that failed end with the cause, others and later ones with the right tokens."""
-    error = RuntimeError("the model broke")
-    want = expected(name=name)
+def test_forward_that_raises_once(number, name, late, caplog):
+    """What fails in a step of several requests and in none of them alone costs nobody anything but time."""
+    failed = []
     with batching(name, max_num_seqs=3, max_num_batched_tokens=24) as batcher:
         handles = submit_all(batcher)
-        with failing(tiny(name), lambda n, _: n == number, error, late):
+        with failing(tiny(name), lambda n, _: n == number and not failed.append(n), RuntimeError("broke"), late):
             outputs = run(batcher, handles)
-        failed = [output for output in outputs if output.finish_reason == "error"]
-        assert failed
-        assert all(output.error is error for output in failed)
-        for output, right in zip(outputs, want, strict=True):
-            count = len(output.generated_tokens) if output.error else None
-            assert output.generated_tokens == right[:count]
+        assert failed == [number]
+        assert "requests failed, each is computed alone: RuntimeError: broke" in caplog.text
+        assert tokens(outputs) == expected(name=name)
+        assert reasons(outputs) == ["length"] * len(PROMPTS)
+        assert is_free(batcher.pool)
+
+
+@both
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_forward_that_raises_for_one_request(where, name, late):
+    """Whoever makes the model raise ends with the cause and the tokens before it; all others have theirs."""
+    want = expected(name=name)
+    culprit = 2
+    token = PROMPTS[culprit][-1] if where == "prompt" else want[culprit][2]
+    ends = [place(token, ids, right) for ids, right in zip(PROMPTS, want, strict=True)]
+    assert ends.count(None) >= 2
+    error = RuntimeError("this token breaks the model")
+    with batching(name, max_num_seqs=4, max_num_batched_tokens=64) as batcher:
+        handles = submit_all(batcher)
+        with failing(tiny(name), lambda n, _, ids: bool((ids == token).any()), error, late):
+            outputs = run(batcher, handles)
+        for output, right, end in zip(outputs, want, ends, strict=True):
+            assert output.generated_tokens == right[:end]
+            assert output.error is (None if end is None else error)
+            assert output.finish_reason == ("length" if end is None else "error")
         assert is_free(batcher.pool)
         assert tokens(run(batcher, submit_all(batcher))) == want
-        assert batcher.stats().finished["error"] == len(failed)
+
+
+def place(token, ids, answer):
+    """How many tokens there are of an answer when the model has to read `token`; None if it never does."""
+    return 0 if token in ids else answer.index(token) + 1 if token in answer[:-1] else None
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_next"])
@@ -100,7 +122,7 @@ def test_forward_that_raises_again_and_again(name):
             with failing(tiny(name), lambda n, _, every=every: n % every == 0, RuntimeError("again")):
                 outputs = run(batcher, submit_all(batcher))
             assert set(reasons(outputs)) <= {"error", "length"}
-            assert "error" in reasons(outputs)
+            assert every > 1 or set(reasons(outputs)) == {"error"}
             for output, right in zip(outputs, want, strict=True):
                 assert output.generated_tokens == right[: len(output.generated_tokens)]
                 assert (output.error is None) == (output.generated_tokens == right)
@@ -108,13 +130,39 @@ def test_forward_that_raises_again_and_again(name):
         assert tokens(run(batcher, submit_all(batcher))) == want
 
 
-def test_forward_that_raises_fails_all_rows_of_a_request():
-    """Several sequences and beams of one request fail together, and give the blocks of all rows back."""
+def test_forward_that_raises_for_several_rows():
+    """Several sequences and beams of one request fail together, and give the blocks of all rows back; or go on together."""
     options = [{"num_beams": 3}, {**SAMPLED, "num_return_sequences": 2, "seed": 3}, {}]
     with batching() as batcher:
-        handles = [batcher.submit(PROMPTS[1], **{**GREEDY, **own}) for own in options]
-        with failing(tiny("llama"), lambda n, _: n == 4, RuntimeError("the model broke")):
-            assert reasons(run(batcher, handles)) == ["error"] * 3
+        for fails in (lambda n, _: n == 4, lambda n, _: n >= 4):
+            want = [output.sequences for output in run(batcher, several(batcher, options))]
+            with failing(tiny("llama"), fails, RuntimeError("the model broke")):
+                outputs = run(batcher, several(batcher, options))
+            is_once = fails(4, 0) and not fails(5, 0)
+            assert reasons(outputs) == ["length" if is_once else "error"] * 3
+            assert not is_once or [output.sequences for output in outputs] == want
+            assert is_free(batcher.pool)
+
+
+def several(batcher, options):
+    return [batcher.submit(PROMPTS[1], **{**GREEDY, **own}) for own in options]
+
+
+def test_alone_without_enough_memory_waits():
+    """A request for which memory runs out while each is computed alone is computed in a later step."""
+    calls = []
+
+    def fails(number, num_tokens):
+        calls.append(number)
+        return number in (2, 3)
+
+    errors = iter([RuntimeError("the step"), OutOfMemory()])
+    with batching() as batcher:
+        handles = submit_all(batcher)
+        with failing(tiny("llama"), fails, lambda: next(errors)):
+            outputs = run(batcher, handles)
+        assert next(errors, None) is None
+        assert tokens(outputs) == expected()
         assert is_free(batcher.pool)
 
 
@@ -421,13 +469,13 @@ class Unordered(Policy):
         return key
 
 
-def failing_top_p(monkeypatch, number, error):
-    """Lets the processor that requests share raise at one call."""
+def failing_top_p(monkeypatch, numbers, error):
+    """Lets the processor that requests share raise at some of its calls."""
     original, calls = TopPLogitsWarper.__call__, []
 
     def call(self, input_ids, scores):
         calls.append(len(scores))
-        if len(calls) == number:
+        if len(calls) in numbers:
             raise error
         return original(self, input_ids, scores)
 
@@ -446,20 +494,21 @@ def with_top_p():
 def test_out_of_memory_in_a_shared_processor(name, number, monkeypatch):
     """The step is tried with less, and all requests end with the right tokens; the caller of `step` sees nothing."""
     want = [alone(tiny(name), ids, **options) for ids, options in with_top_p()]
-    failing_top_p(monkeypatch, number, OutOfMemory())
+    failing_top_p(monkeypatch, [number], OutOfMemory())
     with batching(name) as batcher:
         outputs = run(batcher, [batcher.submit(ids, **options) for ids, options in with_top_p()])
         assert [output.sequences for output in outputs] == want
 
 
-def test_shared_processor_that_raises(monkeypatch):
-    """Requests of the step end with the cause, others are served."""
+@pytest.mark.parametrize("numbers", [[2], range(2, 99)])
+def test_shared_processor_that_raises(numbers, monkeypatch):
+    """Requests for which it raises alone end with the cause, others are served."""
     error = ValueError("the shared one")
     want = [alone(tiny("llama"), ids, **options) for ids, options in with_top_p()]
-    failing_top_p(monkeypatch, 2, error)
+    failing_top_p(monkeypatch, numbers, error)
     with batching(max_num_seqs=3) as batcher:
         outputs = run(batcher, [batcher.submit(ids, **options) for ids, options in with_top_p()])
-        assert {output.error for output in outputs} == {error, None}
+        assert [output.error for output in outputs] == [error if len(numbers) > 1 else None] * 2 + [None] * 3
         assert all(output.error or output.sequences == right for output, right in zip(outputs, want, strict=True))
         assert is_free(batcher.pool)
 

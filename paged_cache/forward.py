@@ -39,7 +39,7 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     """Opens the cache's step for a forward with these inputs and returns them without the tokens that it holds already.
 
     Raises:
-        InvalidRequestError: Right padding, another model's pool, another number of rows, or an encoder-decoder's cache
+        InvalidRequestError: No new tokens, right padding, another model's pool, another number of rows, or an encoder-decoder's cache
             without one for its cross attention; nothing was changed.
         OutOfBlocksError: The pool is too small; nothing was changed.
     """
@@ -57,6 +57,11 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     ids, mask = (inputs.get(f"decoder_{name}" if is_decoder else name) for name in ("input_ids", "attention_mask"))
     embeds = inputs.get("decoder_inputs_embeds" if is_decoder else "inputs_embeds")
     shape = _shape(ids, embeds)
+    if shape is not None and shape[1] == 0:
+        raise InvalidRequestError(
+            f"the forward has no new tokens, the cache holds {state.length}: the prompt is no longer than what the cache "
+            "was used for before. Another prompt needs a cache of its own, PagedCache(pool), or cache.reset()."
+        )
     state.is_patched = True
     if shape is None or not state.can_announce or not state.pool.spec.ignores_padding:
         return inputs

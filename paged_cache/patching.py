@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
-from .attention import paged_attention_forward
 from .compat import (
     HOOKED_FORWARD,
     base_model,
@@ -27,11 +24,8 @@ from .compat import (
 )
 from .errors import UnsupportedModelError
 from .forward import begin_forward, find_cache
-from .masks import paged_mask
+from .implementation import register, unregister
 from .model_spec import model_spec
-
-NAME = "paged_cache"
-"""The attention implementation, as `model.config._attn_implementation` shows it."""
 
 _patches: "weakref.WeakKeyDictionary[torch.nn.Module, _Patch]" = weakref.WeakKeyDictionary()
 
@@ -63,9 +57,7 @@ def patch(model: torch.nn.Module) -> Patched:
     Raises:
         UnsupportedModelError: `model` is no transformers model.
     """
-    inner = base_model(model)
-    if not isinstance(inner, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model: nothing in it can be patched.")
+    inner = _require_model(model)
     return Patched(inner, is_owner=_add_holder(inner, _USER))
 
 
@@ -73,8 +65,11 @@ def unpatch(model: torch.nn.Module) -> None:
     """Takes `patch` back, without a trace. A model that is not patched stays as it is.
 
     While a `ContinuousBatcher` is open, its model stays patched until the last one is closed.
+
+    Raises:
+        UnsupportedModelError: As `patch`.
     """
-    inner = base_model(model)
+    inner = _require_model(model)
     if _find(inner) is not None:
         _remove_holder(inner, _USER)
         if _find(inner) is not None:
@@ -90,7 +85,15 @@ def hold(model: torch.nn.Module) -> Callable[[], None]:
 
 def is_patched(model: torch.nn.Module) -> bool:
     """Whether `patch` is in effect."""
-    return _find(base_model(model)) is not None
+    inner = base_model(model)
+    return isinstance(inner, PreTrainedModel) and _find(inner) is not None
+
+
+def _require_model(model: Any) -> PreTrainedModel:
+    inner = base_model(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model: nothing in it can be patched.")
+    return inner
 
 
 def _add_holder(model: torch.nn.Module, holder: object) -> bool:
@@ -136,7 +139,7 @@ class _Patch:
         lazy = reason is None
         if reason is not None:
             logger.info("attention of %s runs on dense K and V: %s", type(model).__name__, reason)
-        self._unregister = weakref.finalize(model, _unregister, _register(decoder, prior)) if lazy else None
+        self._unregister = weakref.finalize(model, unregister, register(decoder, prior)) if lazy else None
         if self._unregister is not None:
             self._unregister.atexit = False
         if copied_from is None:
@@ -252,49 +255,3 @@ def _remove_guard(model: Any) -> None:
         plain = MethodType(type(model).forward, model)
         setattr(model, HOOKED_FORWARD, plain)
         model.forward.__wrapped__ = plain
-
-
-_priors: dict[int, tuple[PreTrainedConfig, str, int]] = {}
-"""By the id of a decoder's config: the config, what it said before, and how many patched models share it."""
-
-
-def _register(config: PreTrainedConfig, prior: str) -> PreTrainedConfig:
-    _, prior, count = _priors.get(id(config), (config, prior, 0))
-    _priors[id(config)] = (config, prior, count + 1)
-    config._attn_implementation_internal = NAME
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    return config
-
-
-def _unregister(config: PreTrainedConfig) -> None:
-    _, prior, count = _priors[id(config)]
-    if count > 1:
-        _priors[id(config)] = (config, prior, count - 1)
-        return
-    del _priors[id(config)]
-    if config._attn_implementation == NAME:  # not if somebody chose another one meanwhile
-        config._attn_implementation_internal = prior
-    if not _priors:
-        del AttentionInterface._global_mapping[NAME]
-        del AttentionMaskInterface._global_mapping[NAME]
-
-
-def _prior(config: Any) -> str:
-    """What a config's model used before; attention layers without a config of their own ask for the only one."""
-    if id(config) in _priors:
-        return _priors[id(config)][1]
-    names = {prior for _, prior, _ in _priors.values()}
-    if len(names) != 1:
-        logger.warning("cannot tell the attention of a layer among %s: eager is used", sorted(names))
-    return names.pop() if len(names) == 1 else "eager"
-
-
-@not_traced
-def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return paged_attention_forward(_prior(getattr(module, "config", None)), module, *args, **kwargs)
-
-
-@not_traced
-def _mask(*args: Any, **kwargs: Any) -> Any:
-    return paged_mask(_prior(kwargs.get("config")), *args, **kwargs)

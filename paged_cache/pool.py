@@ -20,12 +20,12 @@ from .saved_prefixes import SavesPrefixes
 from .sizes import (
     check_block_size,
     check_dtypes,
-    format_bytes,
     num_blocks_for,
     num_host_blocks_for,
     require_room,
 )
 from .weights import WeightsVersion
+from .wording import format_bytes
 
 
 class BlockPool(SavesPrefixes):

@@ -12,6 +12,7 @@ import torch
 from .adapters import tuners as peft_layers
 from .compat import base_model, linear_with_packed, logger, offloaded_weights, packed_dtypes, packed_weight
 from .errors import InvalidRequestError
+from .wording import shown
 
 MIN_PRODUCTS = 2**19
 """Multiplications of a call from which on oneDNN is faster: it takes some 10 us more to be called."""
@@ -73,7 +74,7 @@ def prepack_weights(model: torch.nn.Module) -> Prepacked:
         InvalidRequestError: `model` is no module.
     """
     if not isinstance(model, torch.nn.Module):
-        raise InvalidRequestError(f"model={model!r:.100}: a torch.nn.Module is needed, such as a PreTrainedModel.")
+        raise InvalidRequestError(f"model={shown(model)}: a torch.nn.Module is needed, such as a PreTrainedModel.")
     name = type(base_model(model)).__name__
     reason = _why_not(model)
     layers = [] if reason else [layer for layer in peft_layers.split(model)[0] if _can_be(layer)]

@@ -9,6 +9,7 @@ import torch
 from .compat import logger
 from .errors import InvalidRequestError
 from .machine_memory import free_memory, total_memory
+from .wording import format_bytes
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", start=1)}
@@ -157,13 +158,3 @@ def unit_hint(memory: Any) -> str:
     text = memory.strip() if isinstance(memory, str) else ""
     is_small = re.fullmatch(r"\d+(\.\d+)?", text) and 1 < float(text) < 1024
     return f" {text} without a unit are bytes; did you mean '{text}GiB'?" if is_small else ""
-
-
-def format_bytes(count: float) -> str:
-    """In the binary unit that suits: 524288 -> "512 KiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"

@@ -11,7 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import paged_cache
-from paged_cache import BlockPool, ContinuousBatcher, PagedCache, attention, state
+from paged_cache import BlockPool, ContinuousBatcher, PagedCache, UnsupportedModelError, attention, state
 from tests.architectures.tiny import build
 from tests.models import KINDS, model, poisoned_pool, prompts
 
@@ -269,3 +269,11 @@ def test_compiled_models(how, is_patched_first, caplog, monkeypatch):
     assert "patch(model)" not in caplog.text
     with torch.no_grad():  # `generate` of what torch.compile(model) returns runs the model inside
         assert torch.equal(of(**prompts()).logits[:, -1].argmax(-1), expected[:, 33])
+
+
+def test_what_is_no_model():
+    """`unpatch` says what `patch` says, and `is_patched` that it is not."""
+    for wrong in ("model", torch.nn.Linear(2, 2), None):
+        with pytest.raises(UnsupportedModelError, match=f"{type(wrong).__name__} is no transformers model"):
+            paged_cache.unpatch(wrong)
+        assert not paged_cache.is_patched(wrong)

@@ -156,6 +156,19 @@ def test_failed_expansion_leaves_the_rows():
     assert torch.equal(tokens, of.generate(longer, **GREEDY | {"max_new_tokens": 1}))
 
 
+def test_a_shorter_prompt_for_a_used_cache():
+    """`generate` takes it for the beginning of what the cache holds: refused, and the cache goes on."""
+    of, first = copy.deepcopy(model("llama")), prompts((12,))["input_ids"]
+    cache = PagedCache(poisoned_pool(of))
+    with paged_cache.patch(of):
+        tokens = of.generate(first, **GREEDY, past_key_values=cache)
+        for shorter in (first[:, :7], first[:, 2:3]):
+            with pytest.raises(InvalidRequestError, match=r"no new tokens, the cache holds \d+: .* cache\.reset\(\)"):
+                of.generate(shorter, **GREEDY, past_key_values=cache)
+        longer = of.generate(tokens, **GREEDY, past_key_values=cache)
+    assert torch.equal(longer, of.generate(tokens, **GREEDY))
+
+
 def test_mask_that_uncovers_padding():
     """Padding is not stored, so that a later mask cannot show it."""
     of, inputs = copy.deepcopy(model("llama")), prompts((4, 9))

@@ -18,6 +18,7 @@ from ..adapters.tuners import is_invoked, merged, names_in
 from ..compat import base_model, logger
 from ..errors import InvalidRequestError, PagedCacheError
 from ..pool import BlockPool
+from ..wording import shown
 from .request import Request
 
 OURS = "pagedcache_"
@@ -103,7 +104,7 @@ class AdapterStore:
             InvalidRequestError: A name is taken or cannot be one, or a folder holds no adapter; none was registered.
         """
         if not isinstance(folders, Mapping):
-            raise InvalidRequestError(f"lora_modules={folders!r:.100}: a dictionary is needed, {{name: folder}}.")
+            raise InvalidRequestError(f"lora_modules={shown(folders)}: a dictionary is needed, {{name: folder}}.")
         if not folders:
             return
         self._loader.require_weights()

@@ -11,7 +11,8 @@ from ..devices import input_device
 from .adapter_store import AdapterStore
 from .beam_search import BeamSearch
 from .decoding import Decoding
-from .options import RequestOptions, require_callables
+from .options import RequestOptions, require_callables, require_whole_numbers
+from .positions import Positions
 from .preparing import BEAMS, Preparation, Prepared
 from .prompts import as_prompts, require_readable, token_ids
 from .request import Request, Row, Search
@@ -35,6 +36,7 @@ class InputProcessor:
     ) -> None:
         self.model, self._tokenizer, self._clock, self._adapters = model, tokenizer, clock, adapters
         self._prepare, self._device = Preparation(model, tokenizer), input_device(model)
+        self._positions = Positions(model)
         self._numbers = itertools.count()
 
     def read_all(self, prompts: Any, attention_mask: Any, options: dict[str, Any]) -> list[Any]:
@@ -51,10 +53,12 @@ class InputProcessor:
         """Token ids of a prompt.
 
         Raises:
-            InvalidRequestError: It is empty, of no known form, or has ids that the model does not have.
+            InvalidRequestError: It is empty, too long, of no known form, or has ids that the model does not have.
         """
         vocab_size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        return token_ids(prompt, self._tokenizer, vocab_size)
+        ids = token_ids(prompt, self._tokenizer, vocab_size)
+        self._positions.require_room(ids)
+        return ids
 
     def make(self, ids: list[int], options: RequestOptions, generation_config: Any, kwargs: dict[str, Any]) -> Request:
         """A request that is ready to be scheduled.
@@ -68,7 +72,9 @@ class InputProcessor:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
         require_callables(kwargs)
+        require_whole_numbers(kwargs)
         prepared = self._prepare(ids, generation_config, kwargs)
+        self._positions.limit(prepared.criteria)
         decoding = self._decoding(prepared, options.seed)
         now, name = self._clock(), options.request_id
         request = Request(

@@ -1,11 +1,13 @@
 """What a request may be given besides its prompt and the options of `generate`, and which options are lists by nature."""
 
 import math
+import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import InvalidRequestError
+from ..wording import shown
 
 LISTS = {
     "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "eos_token_id", "exponential_decay_length_penalty",
@@ -13,6 +15,8 @@ LISTS = {
     "suppress_tokens",
 }  # fmt: skip
 """Options of `generate` of which a list is one value, for all prompts."""
+
+WHOLE_NUMBERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,16 @@ def _values(name: str, value: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise InvalidRequestError(f"{name} has {len(values)} entries for {count} prompts: one each, or one for all.")
     return values
+
+
+def require_whole_numbers(options: dict[str, Any]) -> None:
+    """Raises `InvalidRequestError` for counts that are none: transformers' own error would not name the option."""
+    for name in WHOLE_NUMBERS:
+        value = options.get(name)
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError:
+            raise InvalidRequestError(f"{name}={shown(value)}: a whole number is needed.") from None
 
 
 def require_callables(options: dict[str, Any]) -> None:

@@ -138,6 +138,9 @@ def _capture(
 
 def _require_served(prepared: Prepared) -> None:
     config = prepared.config
+    for name in ("num_beams", "num_return_sequences"):
+        if (value := getattr(config, name, None)) is not None and value < 1:
+            raise InvalidRequestError(f"{name}={value}: at least 1 is needed.")
     if prepared.mode not in SERVED_MODES:
         served = ", ".join(mode.value for mode in SERVED_MODES)
         names = UNSERVED.get(prepared.mode, "generation_config")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidRequestError
+from ..wording import shown
 
 
 def as_prompts(prompts: Any, attention_mask: Any = None, pad_token_id: int | None = None) -> list[Any]:
@@ -125,7 +126,7 @@ def _integers(prompt: Any) -> list[int]:
         values = values[0]
     if not isinstance(values, (list, tuple, range)) or not all(type(value) is int for value in values):
         raise InvalidRequestError(
-            f"the prompt is {type(prompt).__name__}: {str(prompt)[:60]}. It has to be token ids (a list or a tensor [length]), "
+            f"the prompt is {type(prompt).__name__}: {shown(prompt, 60)}. It has to be token ids (a list or a tensor [length]), "
             "a string, or chat messages."
         )
     return list(values)

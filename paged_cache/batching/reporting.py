@@ -142,7 +142,8 @@ class Reports:
             is_first = request.first_token_time is None and not request.num_preemptions
             num_cached = sum(row.num_computed for row in request.rows)
             num_tokens = sum(row.num_tokens for row in request.rows)
-            self._note(Scheduled(now, request.request_id, num_tokens, num_cached, is_first))
+            time = now if request.admitted_time is None or not is_first else request.admitted_time  # as in `queue_time`
+            self._note(Scheduled(time, request.request_id, num_tokens, num_cached, is_first))
             if is_first:
                 request.num_prefilled = num_cached
                 self._num_cached += num_cached

@@ -14,6 +14,7 @@ from ..errors import InvalidRequestError, OutOfBlocksError, PagedCacheError, Uns
 from ..patching import hold
 from ..pool import BlockPool
 from ..prepacking import prepack_weights
+from ..wording import shown
 from .events import Observer
 from .pool_memory import PoolMemory
 from .request import Request
@@ -43,7 +44,7 @@ def require_served(model: torch.nn.Module, pool: BlockPool) -> PreTrainedModel:
             f"{type(inner).__name__} is an encoder-decoder: its prompts are not token ids alone."
         )
     if not isinstance(pool, BlockPool):
-        raise InvalidRequestError(f"pool={pool!r:.100}: a BlockPool is needed, BlockPool.for_model(model, ...).")
+        raise InvalidRequestError(f"pool={shown(pool)}: a BlockPool is needed, BlockPool.for_model(model, ...).")
     if not pool.belongs_to(inner):
         raise InvalidRequestError(f"the pool is none of this {type(inner).__name__}: BlockPool.for_model(model, ...).")
     if inner.training:
@@ -58,7 +59,7 @@ def hold_for(model: torch.nn.Module, prepack: bool | None) -> Callable[[], None]
         InvalidRequestError: `prepack` is neither True nor False, nor None, which is False.
     """
     if not (prepack is None or isinstance(prepack, bool)):
-        raise InvalidRequestError(f"prepack_weights={prepack!r:.100}: True or False is needed.")
+        raise InvalidRequestError(f"prepack_weights={shown(prepack)}: True or False is needed.")
     with ExitStack() as stack:
         stack.callback(hold(base_model(model)))
         if prepack:
@@ -74,10 +75,10 @@ def require_limits(tokenizer: Any, **limits: Any) -> None:
     """
     for name, value in limits.items():
         if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
-            raise InvalidRequestError(f"{name}={value!r:.100}: a whole number of at least 1 is needed, or None.")
+            raise InvalidRequestError(f"{name}={shown(value)}: a whole number of at least 1 is needed, or None.")
     if tokenizer is not None and not callable(tokenizer):
         raise InvalidRequestError(
-            f"tokenizer={tokenizer!r:.100}: a tokenizer object is needed, AutoTokenizer.from_pretrained(...)."
+            f"tokenizer={shown(tokenizer)}: a tokenizer object is needed, AutoTokenizer.from_pretrained(...)."
         )
 
 
@@ -95,12 +96,12 @@ def require_observers(observers: Iterable[Observer] | None) -> list[Observer]:
     """
     observers = () if observers is None else observers
     if not isinstance(observers, Iterable):
-        raise InvalidRequestError(f"observers={observers!r:.100}: a list is needed.")
+        raise InvalidRequestError(f"observers={shown(observers)}: a list is needed.")
     found = list(observers)
     for observer in found:
         if not callable(observer):
             raise InvalidRequestError(
-                f"observer {observer!r:.100}: something that can be called with an event is needed."
+                f"observer {shown(observer)}: something that can be called with an event is needed."
             )
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..compat import logger
 from ..errors import InvalidRequestError
+from ..wording import shown
 from .events import Event, Idle, Scheduled, StepDone
 
 INTERVAL = 5.0
@@ -25,7 +26,7 @@ def log_interval(log_stats: Any) -> float | None:
     if isinstance(log_stats, bool) or log_stats is None:
         return INTERVAL if log_stats else None
     if not isinstance(log_stats, int | float) or not log_stats > 0:
-        raise InvalidRequestError(f"log_stats={log_stats!r:.100}: True, False, or seconds above 0 are needed.")
+        raise InvalidRequestError(f"log_stats={shown(log_stats)}: True, False, or seconds above 0 are needed.")
     return float(log_stats)
 
 

@@ -25,7 +25,7 @@ _PromptsFile = Annotated[
 ]
 _MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to generate per prompt.", show_default="32")]
 _BatchSize = Annotated[
-    int | None, typer.Option(help="Rows of the largest batch.", show_default="as many as prompts, or 8")
+    int | None, typer.Option(min=1, help="Rows of the largest batch.", show_default="as many as prompts, or 8")
 ]
 _Contexts = Annotated[
     Numbers,

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..planning import Plan, Way
-from ..sizes import format_bytes
+from ..wording import format_bytes
 
 WORDS = {
     "contiguous": "contiguous: each row reserves the context (StaticCache)",

@@ -10,6 +10,7 @@ from ..errors import InvalidRequestError
 from ..optional import require
 from ..pool import BlockPool
 from ..pool_map import PoolMap, pool_map
+from ..wording import shown
 from .pool_page import save_html
 
 SUFFIXES = (".html", ".png", ".txt")
@@ -53,7 +54,7 @@ def map_of(
     if isinstance(inner, ContinuousBatcher):
         return inner.pool_map(caches)
     if not isinstance(inner, BlockPool):
-        raise InvalidRequestError(f"{inner!r:.100} has no blocks: a BlockPool or a batcher is needed.")
+        raise InvalidRequestError(f"{shown(inner)} has no blocks: a BlockPool or a batcher is needed.")
     return pool_map(inner, caches)
 
 

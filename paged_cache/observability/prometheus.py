@@ -14,6 +14,7 @@ from ..batching.output import FINISH_REASONS
 from ..errors import InvalidRequestError
 from ..optional import require
 from ..pool import BlockPool
+from ..wording import shown
 from .families import Families
 from .request_histograms import RequestHistograms
 
@@ -230,7 +231,7 @@ def _shown(batcher: Any, pool: Any) -> tuple[ContinuousBatcher | None, BlockPool
     if isinstance(inner, ContinuousBatcher):
         return inner, inner.pool
     if not isinstance(pool, BlockPool):
-        raise InvalidRequestError(f"{inner or pool!r:.100}: a batcher, or pool=BlockPool, is needed.")
+        raise InvalidRequestError(f"{shown(inner or pool)}: a batcher, or pool=BlockPool, is needed.")
     return None, pool
 
 

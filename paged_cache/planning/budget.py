@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from ..errors import InvalidRequestError
-from ..sizes import as_share, format_bytes, parse_memory, unit_hint
+from ..sizes import as_share, parse_memory, unit_hint
+from ..wording import format_bytes
 from .weights import Weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

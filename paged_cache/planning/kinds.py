@@ -7,7 +7,7 @@ from typing import Any
 from ..compat import layer_configs
 from ..memory.layout import LayerSpec
 from ..model_spec import ModelSpec
-from ..sizes import format_bytes
+from ..wording import format_bytes
 
 
 @dataclass(frozen=True)

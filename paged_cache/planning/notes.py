@@ -7,7 +7,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..memory.layout import PoolLayout
 from ..model_spec import ModelSpec, cache_layers
-from ..sizes import format_bytes
+from ..wording import format_bytes
 from .requests import Lengths
 from .states import Probe, States
 

@@ -80,6 +80,11 @@ def test_values_that_make_no_sense(name, value):
         ({"streamer": Streamer()}, "one for 2 prompts"),
         ({"logits_processor": [[len], []]}, "logits_processor"),
         ({"generation_config": {"max_new_tokens": 3}}, "generation_config is dict"),
+        ({"max_new_tokens": "5"}, "prompt 0: max_new_tokens='5': a whole number"),
+        ({"max_new_tokens": [5, 5.5]}, "prompt 1: max_new_tokens=5.5: a whole number"),
+        ({"num_return_sequences": "two"}, "num_return_sequences='two': a whole number"),
+        ({"num_beams": 0}, "num_beams=0: at least 1"),
+        ({"generation_config": GenerationConfig(num_return_sequences=0)}, "num_return_sequences=0: at least 1"),
     ],
 )
 def test_nothing_is_begun(options, words):

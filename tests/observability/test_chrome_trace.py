@@ -63,7 +63,7 @@ def test_file_of_a_run(tmp_path):
         assert names == ["queued", *["prefill"] * (len(names) - 2), "decode"]
         assert sum(span["args"]["tokens"] for span in spans[1:-1]) == len(output.prompt_ids) - output.cached_tokens
         assert spans[-1]["args"]["tokens"] == len(output.generated_tokens)
-        assert spans[0]["dur"] == pytest.approx(1e6 * output.metrics.queue_time, abs=2e4)  # the clock ticks in between
+        assert spans[0]["dur"] == pytest.approx(1e6 * output.metrics.queue_time)
         end = track[-1]
         assert end["name"] == "finished"
         assert end["args"]["finish reason"] == output.finish_reason

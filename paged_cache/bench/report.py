@@ -99,7 +99,7 @@ def _goals(chapters: list[Chapter]) -> str:
     """A row per goal that something was measured for, and how many are met."""
     verdicts = [(chapter, verdict) for chapter in chapters for verdict in chapter.results.verdicts()]
     if not verdicts:
-        return "None of these files has goals."
+        return "There are none in these files: quick results have no goals."
     must = [verdict for _, verdict in verdicts if not verdict.goal.is_stretch]
     rows = [
         f"| [{chapter.heading}](#{chapter.anchor}) | {_cell(verdict.goal.text)}{' (stretch)' * verdict.goal.is_stretch} "

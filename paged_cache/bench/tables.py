@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -114,8 +115,11 @@ def goal_line(verdict: Verdict) -> str:
 
 
 def value_text(verdict: Verdict) -> str:
-    """The ratio, or the value with its unit."""
-    return _of_goal(verdict, verdict.value)
+    """The ratio, or the value with its unit; with more digits where it would look like the limit that it misses."""
+    text = _of_goal(verdict, verdict.value)
+    if verdict.is_met or text != _of_goal(verdict, verdict.goal.limit):
+        return text
+    return f"{verdict.value:.5g}{text.lstrip('-.,0123456789')}"
 
 
 def limit_text(verdict: Verdict) -> str:
@@ -207,8 +211,11 @@ def _value(value: Any) -> str:
 def print_grid(grid: Grid, console: Console) -> None:
     """As one table if it fits: with spreads beside medians, or else below them; otherwise in parts."""
     for in_lines in (False, True):
-        if _width(grid, in_lines) <= console.width or (in_lines and len(grid.header) <= grid.num_keys + 1):
-            console.print(_rich(grid, in_lines))
+        widths = _widths(grid, in_lines)
+        if _total(widths) <= console.width or (in_lines and len(grid.header) <= grid.num_keys + 1):
+            is_roomy = _total([max(pair) for pair in zip(map(len, grid.header), widths, strict=True)]) <= console.width
+            header = grid.header if is_roomy else [fill(*pair) for pair in zip(grid.header, widths, strict=True)]
+            console.print(_rich(grid, header, in_lines))
             return
     columns = list(range(grid.num_keys, len(grid.header)))
     print_grid(grid.part(columns[: len(columns) // 2]), console)
@@ -216,16 +223,21 @@ def print_grid(grid: Grid, console: Console) -> None:
     print_grid(grid.part(columns[len(columns) // 2 :]), console)
 
 
-def _width(grid: Grid, in_lines: bool) -> int:
-    """That of the printed table; headers may be broken between words."""
+def _widths(grid: Grid, in_lines: bool) -> list[int]:
+    """The least of each column; headers may be broken between words."""
     widths = [max(map(len, name.split(" "))) for name in grid.header]
     for row in grid.rows:
         for i, (text, dim) in enumerate(row):
             widths[i] = max(widths[i], *((len(text), len(dim)) if in_lines else (len(f"{text} {dim}".strip()), 0)))
+    return [max(width, 1) for width in widths]
+
+
+def _total(widths: list[int]) -> int:
+    """Width of the printed table."""
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _rich(grid: Grid, in_lines: bool) -> Table:
+def _rich(grid: Grid, header: list[str], in_lines: bool) -> Table:
     table = Table(
         box=None,
         pad_edge=False,
@@ -234,13 +246,9 @@ def _rich(grid: Grid, in_lines: bool) -> Table:
         title_justify="left",
         title_style="italic",
     )
-    for i, name in enumerate(grid.header):
-        table.add_column(
-            name,
-            justify="left" if i < grid.num_keys else "right",
-            header_style="bold",
-            no_wrap=name == "",
-        )
+    for i, name in enumerate(header):
+        justify: Any = "left" if i < grid.num_keys else "right"
+        table.add_column(name, justify=justify, header_style="bold", no_wrap=name == "")
     gap = "\n" if in_lines else " "
     for cells, is_last in _with_ends(grid):
         row = [Text.assemble(text, (gap + dim, "dim")) if dim else Text(text) for text, dim in cells]

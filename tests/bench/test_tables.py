@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from paged_cache.bench.metrics import Metric, digits, ratio_text
-from paged_cache.bench.results import Goal, Line, Results, Spread
-from paged_cache.bench.tables import markdown, show
+from paged_cache.bench.results import Goal, Line, Results, Spread, Verdict
+from paged_cache.bench.tables import markdown, show, value_text
 
 pytestmark = pytest.mark.slow  # says nothing about the installed transformers
 
@@ -150,6 +150,25 @@ def test_goals_in_words():
     assert "met half the time: 0.33 at batch 1, wanted at most 0.50" in words
     assert "missed a tenth of it (stretch): 0.33 at batch 1, wanted at most 0.10" in words
     assert "MISSED soon: 2000 ms at batch 1, wanted at most 1000 ms" in words
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "text"), [(1.8004, 1.8, "1.8004"), (1.7996, 1.8, "1.80"), (1.9, 1.8, "1.90")]
+)
+def test_a_goal_that_is_just_missed(value, limit, text):
+    """Where rounding would show the limit itself, there are digits that tell why it is missed."""
+    goal = Goal("soon", "elapsed_time", "a", peer="b", at_most=limit)
+    assert value_text(Verdict(goal, {}, value, value <= limit)) == text
+
+
+def test_narrow_headers():
+    """Headers are broken between words, not cut, however narrow the terminal."""
+    metrics = ("output_throughput", "mean_ttft_ms", "mean_e2el_ms", "kv_allocated_bytes", "peak_kv_in_use_bytes")
+    lines = [Line({"concurrency": n}, "generate in threads", {m: [1234.5] for m in metrics}) for n in range(5)]
+    for width in range(50, 120):
+        text = printed(Results("x", "A title", "c", {}, columns=list(metrics), lines=lines), width)
+        assert "concurrency" in text
+        assert "…" not in text
 
 
 @pytest.mark.parametrize("load", [1.5, 1.6])

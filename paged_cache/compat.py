@@ -39,7 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the last one is cuBLAS's
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

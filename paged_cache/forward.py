@@ -58,10 +58,7 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     embeds = inputs.get("decoder_inputs_embeds" if is_decoder else "inputs_embeds")
     shape = _shape(ids, embeds)
     if shape is not None and shape[1] == 0:
-        raise InvalidRequestError(
-            f"the forward has no new tokens, the cache holds {state.length}: the prompt is no longer than what the cache "
-            "was used for before. Another prompt needs a cache of its own, PagedCache(pool), or cache.reset()."
-        )
+        raise InvalidRequestError(_why_empty(state.length))
     state.is_patched = True
     if shape is None or not state.can_announce or not state.pool.spec.ignores_padding:
         return inputs
@@ -76,6 +73,15 @@ def begin_forward(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, A
     except BaseException:
         _restore(state, num_rows)
         raise
+
+
+def _why_empty(length: int) -> str:
+    if not length:
+        return "the forward has no tokens: the prompt is empty."
+    return (
+        f"the forward has no new tokens, the cache holds {length}: the prompt is no longer than what the cache was used for "
+        "before. Another prompt needs a cache of its own, PagedCache(pool), or cache.reset()."
+    )
 
 
 def _restore(state: PagedState, num_rows: int) -> None:

@@ -19,7 +19,7 @@ GIB = 2**30
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what the machine has: in all, swap space, free."""
-    monkeypatch.setattr(machine_memory, "CGROUPS", {})
+    monkeypatch.setattr(machine_memory, "GROUPS_OF_PROCESS", Path("/nowhere"))
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
 
     def has(total: int, free: int, of_swap: int = 0) -> None:
@@ -29,12 +29,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return has
 
 
-def group(folder: Path, limit: str, used: int, inactive: int) -> dict[str, tuple[str, str, str]]:
-    """A control group's files, as version 2 has them."""
-    (folder / "memory.max").write_text(limit + "\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
-    return {str(folder / "missing"): ("a", "b", "c"), str(folder): ("memory.max", "memory.current", "inactive_file")}
+def write_group(folder: Path, version: int, limit: str, used: int, inactive: int) -> None:
+    """A control group's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_file, usage_file, name = machine_memory.CGROUPS["" if version == 2 else "memory"][1:]
+    (folder / limit_file).write_text(limit + "\n")
+    (folder / usage_file).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{name} {inactive}\n")
 
 
 @pytest.mark.parametrize("asked", [{"memory": "9000TiB"}, {"num_blocks": 10**9}, {"memory": 5 * GIB}])
@@ -70,20 +71,29 @@ def test_unknown_devices_are_left_to_torch(machine: Callable[..., None]) -> None
     sizes.require_room({torch.device("meta"): GIB}, 1000, 0)
 
 
+@pytest.mark.parametrize(("version", "line"), [(2, "0::/jobs/mine"), (1, "4:cpu,memory:/jobs/mine")])
+@pytest.mark.parametrize("where", [".", "jobs", "jobs/mine"])
 def test_a_container_has_less_than_the_machine(
-    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    where: str, version: int, line: str, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its limit is what there is; files that the system would drop count as free."""
-    machine(total=64 * GIB, free=60 * GIB, of_swap=8 * GIB)
-    monkeypatch.setattr(machine_memory, "CGROUPS", group(tmp_path, str(4 * GIB), used=3 * GIB, inactive=GIB))
-    assert machine_memory.total_memory(CPU) == 4 * GIB
-    assert machine_memory.free_memory(CPU) == 2 * GIB
-    with pytest.raises(InvalidRequestError, match="it has 4 GiB, 2 GiB free"):
-        BlockPool.for_model(model("llama"), memory="5GiB")
-
-    monkeypatch.setattr(machine_memory, "CGROUPS", group(tmp_path, "max", used=3 * GIB, inactive=0))
+    """The limit of any group around the process is what there is; files that the system would drop count as free."""
+    machine(total=64 * GIB, free=60 * GIB, of_swap=GIB)
+    (tmp_path / "cgroup").write_text(f"9:name=systemd:/jobs\n{line}\n")
+    root, controller = tmp_path / "root", "" if version == 2 else "memory"
+    names = machine_memory.CGROUPS[controller][1:]
+    monkeypatch.setattr(machine_memory, "GROUPS_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine_memory, "CGROUPS", {"": ("/nowhere", *names), controller: (str(root), *names)})
     assert machine_memory.free_memory(CPU) == 60 * GIB
-    assert machine_memory.total_memory(CPU) == 72 * GIB
+
+    write_group(root / where, version, str(4 * GIB), used=3 * GIB, inactive=GIB)
+    assert machine_memory.total_memory(CPU) == 5 * GIB
+    assert machine_memory.free_memory(CPU) == 2 * GIB
+    with pytest.raises(InvalidRequestError, match="it has 5 GiB, 2 GiB free"):
+        BlockPool.for_model(model("llama"), memory="6GiB")
+
+    write_group(root / where, version, "max", used=3 * GIB, inactive=0)
+    assert machine_memory.free_memory(CPU) == 60 * GIB
+    assert machine_memory.total_memory(CPU) == 65 * GIB
 
 
 def test_trials_are_not_logged_as_pools(caplog: pytest.LogCaptureFixture) -> None:

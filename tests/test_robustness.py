@@ -166,6 +166,8 @@ def test_a_shorter_prompt_for_a_used_cache():
             with pytest.raises(InvalidRequestError, match=r"no new tokens, the cache holds \d+: .* cache\.reset\(\)"):
                 of.generate(shorter, **GREEDY, past_key_values=cache)
         longer = of.generate(tokens, **GREEDY, past_key_values=cache)
+        with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+            of(torch.empty(1, 0, dtype=torch.long), past_key_values=PagedCache(cache.pool))
     assert torch.equal(longer, of.generate(tokens, **GREEDY))
 
 

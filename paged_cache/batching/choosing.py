@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 
 from .decoding import Decoding
+from .user_code import RAISED, as_error
 
 Choice: TypeAlias = list[int] | Exception
 """The next token of each sequence, or what a processor raised."""
@@ -55,8 +56,8 @@ def _choose_alike(decodings: list[Decoding], logits: torch.Tensor, places: list[
             parts.append(decoding.process(own_logits))
             ready.append(i)
             raw.append(own_logits)
-        except Exception as error:  # noqa: BLE001 (whatever a request's own processor raises is its own)
-            choices[i] = error
+        except RAISED as raised:
+            choices[i] = as_error(raised)
     if not ready:
         return choices
     first = decodings[ready[0]]

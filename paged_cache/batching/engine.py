@@ -12,7 +12,7 @@ from ..errors import InvalidRequestError, OutOfBlocksError
 from .adapter_forward import AdapterForward, by_adapter
 from .adapter_store import AdapterStore
 from .budget import Budget
-from .plan import StepPlan, rest_of
+from .plan import StepPlan, requests_of, rest_of
 from .pool_memory import PoolMemory
 from .processing import OutputProcessor
 from .reporting import Reports
@@ -162,9 +162,7 @@ class Engine:
                 if not 1 < count < least:  # a prompt that is computed in one piece may be more than the budget
                     return self._fail([max(plan.chunks, key=lambda chunk: chunk.num_tokens)], error)
                 least = count
-                self._budget.use_less(count)
-                if any(device.type == "cuda" for device in self.memory.pool.devices):
-                    torch.cuda.empty_cache()
+                self._use_less(count)
             except BaseException:
                 self._rewind(plan)
                 raise
@@ -188,8 +186,13 @@ class Engine:
 
     def _execute(self, plan: StepPlan, count: int) -> None:
         kv_tokens = sum(row.num_computed + n for _, row, n in plan.chunks)
+        places = [row.num_computed for _, row, _ in plan.chunks]
         watch = Stopwatch(self._clock, self.memory.pool.devices)
-        logits = self.forward(plan.chunks)
+        try:
+            logits = self.forward(plan.chunks)
+        except BaseException:
+            self._count_part(plan.chunks, places, watch.begun)
+            raise
         watch.stop(logits)
         self._blocked_since = None
         self.num_tokens += count
@@ -216,17 +219,32 @@ class Engine:
             plan.chunks = [chunk for chunk in plan.chunks if chunk.request.status is Status.RUNNING]
         plan.chunks = by_adapter(plan.chunks)
 
+    def _count_part(self, chunks: list[Chunk], places: list[int], start: float) -> None:
+        """A step that failed after some of its forwards: what they stored of prompts is there, and is not computed again."""
+        pairs = zip(chunks, places, strict=True)
+        stored = [Chunk(request, row, row.num_computed - place) for (request, row, _), place in pairs]
+        done = [chunk for chunk in stored if chunk.num_tokens and chunk.request.first_token_time is None]
+        self.num_tokens += sum(chunk.num_tokens for chunk in done)
+        if self.reports.observers and done:
+            self.reports.computed(done, start, self._clock())
+
     def _rewind(self, plan: StepPlan) -> None:
         """Rows whose logits were lost, since something stopped the step behind their forward, are computed again."""
         self.forward.settle()
-        for request in {id(chunk.request): chunk.request for chunk in plan.chunks}.values():
+        for request in requests_of(plan.chunks):
             if any(row.num_computed == row.num_tokens for row in request.rows):
                 self.memory.release(request)
                 self.memory.admit(request)
 
+    def _use_less(self, count: int) -> None:
+        """A step of so many tokens ran out of memory."""
+        self._budget.use_less(count)
+        if any(device.type == "cuda" for device in self.memory.pool.devices):
+            torch.cuda.empty_cache()
+
     def _isolate(self, chunks: list[Chunk], error: Exception) -> bool:
         """A step failed: only requests that fail alone are to suffer; whether anything was computed."""
-        requests = {id(chunk.request): chunk.request for chunk in chunks}.values()
+        requests = requests_of(chunks)
         if len(requests) == 1:
             return self._fail(chunks, error)
         kind = type(error).__name__
@@ -235,22 +253,27 @@ class Engine:
         return sum(map(self._execute_alone, running)) > 0
 
     def _execute_alone(self, request: Request) -> bool:
-        """Whether it went well; without enough memory the request waits for the next step."""
-        plan = StepPlan(rest_of(request, 2**62 if self.forward.whole_prompts else self._budget.tokens))
-        try:
-            self._execute(plan, sum(chunk.num_tokens for chunk in plan.chunks))
-        except BaseException as error:
-            self._rewind(plan)
-            if not isinstance(error, Exception):
+        """Whether anything was computed: with less if memory runs out; without enough blocks it waits for the next step."""
+        while True:
+            plan = StepPlan(rest_of(request, 2**62 if self.forward.whole_prompts else self._budget.tokens))
+            count = sum(chunk.num_tokens for chunk in plan.chunks)
+            try:
+                self._execute(plan, count)
+            except OutOfBlocksError:
+                self._rewind(plan)
+                return False
+            except Exception as error:  # noqa: BLE001 (whatever the model raises, the others go on)
+                self._rewind(plan)
+                if count == 1 or self.forward.whole_prompts or not is_out_of_memory(error):
+                    return self._fail(plan.chunks, error)
+                self._use_less(count)
+            except BaseException:
+                self._rewind(plan)
                 raise
-            return (
-                not isinstance(error, OutOfBlocksError)
-                and not is_out_of_memory(error)
-                and self._fail(plan.chunks, error)
-            )
-        return True
+            else:
+                return True
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> bool:
-        for request in {id(chunk.request): chunk.request for chunk in chunks}.values():
+        for request in requests_of(chunks):
             self.finish(request, "error", error)
         return False

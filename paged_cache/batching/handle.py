@@ -7,6 +7,7 @@ from functools import partial
 
 from ..compat import logger
 from .output import RequestOutput
+from .user_code import RAISED
 
 Listener = Callable[[int | None], None]
 
@@ -116,7 +117,7 @@ class RequestHandle:
     def _call(self, listener: Listener, token: int | None) -> None:
         try:
             listener(token)
-        except Exception:  # noqa: BLE001 (a listener may raise anything; the request is not to suffer)
+        except RAISED:
             logger.exception("a listener of request %s failed", self.request_id)
 
     def __repr__(self) -> str:

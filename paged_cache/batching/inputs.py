@@ -11,7 +11,7 @@ from ..devices import input_device
 from .adapter_store import AdapterStore
 from .beam_search import BeamSearch
 from .decoding import Decoding
-from .options import RequestOptions, require_callables, require_whole_numbers
+from .options import RequestOptions, require_callables
 from .positions import Positions
 from .preparing import BEAMS, Preparation, Prepared
 from .prompts import as_prompts, require_readable, token_ids
@@ -49,14 +49,14 @@ class InputProcessor:
         require_readable(items, self._tokenizer)
         return items
 
-    def read(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt.
+    def read(self, prompt: Any, attention_mask: Any, options: dict[str, Any]) -> list[int]:
+        """Token ids of a prompt; its options say what stands for padding; see `token_ids`.
 
         Raises:
             InvalidRequestError: It is empty, too long, of no known form, or has ids that the model does not have.
         """
         vocab_size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        ids = token_ids(prompt, self._tokenizer, vocab_size)
+        ids = token_ids(prompt, self._tokenizer, vocab_size, attention_mask, self._pad_token_id(options))
         self._positions.require_room(ids)
         return ids
 
@@ -72,7 +72,6 @@ class InputProcessor:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
         require_callables(kwargs)
-        require_whole_numbers(kwargs)
         prepared = self._prepare(ids, generation_config, kwargs)
         self._positions.limit(prepared.criteria)
         decoding = self._decoding(prepared, options.seed)

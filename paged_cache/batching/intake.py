@@ -7,7 +7,7 @@ from .engine import Engine
 from .handle import RequestHandle
 from .inputs import InputProcessor
 from .loop import EngineLoop
-from .options import OWN_OPTIONS, RequestOptions
+from .options import OWN_OPTIONS, RequestOptions, require_shorter
 from .request import Request, Status
 from .serving import why_never
 
@@ -30,7 +30,8 @@ class Intake:
         Raises:
             InvalidRequestError, ValueError, TypeError: The prompt or an option is wrong or cannot be honoured.
         """
-        request = self._inputs.make(self._inputs.read(prompt), options, config, kwargs)
+        ids = self._inputs.read(prompt, kwargs.pop("attention_mask", None), {**kwargs, "generation_config": config})
+        request = self._inputs.make(ids, options, config, kwargs)
         self._give_handle(request, owner)
         return request
 
@@ -47,7 +48,8 @@ class Intake:
             InvalidRequestError, ValueError, TypeError: An option is wrong or cannot be honoured.
         """
         try:
-            ids, error = self._inputs.read(prompt), None
+            ids, error = self._inputs.read(prompt, None, options), None
+            require_shorter(ids, options)
         except InvalidRequestError as wrong:
             ids, error = [0], InvalidRequestError(f"{where}{wrong}")
         own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}

@@ -17,6 +17,9 @@ from .request import Request
 
 Answer = TypeVar("Answer")
 
+MOST_INTERRUPTS = 10
+"""Steps of the batcher's thread that may be interrupted one after the other."""
+
 IDLE_SECONDS = 0.01
 """Pause after a step in which nothing could be computed: blocks are held outside the batcher."""
 
@@ -187,11 +190,17 @@ class EngineLoop:
         self._end_all("abort")
 
     def _run(self) -> None:
+        interrupts = 0
         while not self.is_over:
             try:
                 self._serve()
-            except BaseException:  # noqa: BLE001, PERF203 (the step was taken back, the next one goes on)
+                interrupts = 0
+            except BaseException as raised:  # noqa: BLE001, PERF203 (the step was taken back, the next one goes on)
                 logger.exception("a step was interrupted")
+                interrupts += 1
+                if interrupts == MOST_INTERRUPTS:  # no Ctrl-C, which the main thread gets: it would go on forever
+                    interrupts = 0
+                    self._end_all("error", PagedCacheError(f"every step was interrupted by {type(raised).__name__}."))
 
     def _serve(self) -> None:
         """Waits for work, or does a step whose errors nobody else would see."""

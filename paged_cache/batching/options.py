@@ -4,6 +4,8 @@ import math
 import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 from ..errors import InvalidRequestError
@@ -16,7 +18,25 @@ LISTS = {
 }  # fmt: skip
 """Options of `generate` of which a list is one value, for all prompts."""
 
-WHOLE_NUMBERS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences")
+KEYS = {"cache_salt", "tenant"}
+"""Of which a tuple is one value, too."""
+
+REALS = (
+    "max_time",
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "length_penalty",
+)
+WHOLE_NUMBERS = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "num_return_sequences", "top_k",
+)  # fmt: skip
+"""Options of `generate` that are numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +65,13 @@ class RequestOptions:
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "seed" and value is None):
                 raise InvalidRequestError(f"{name}={value!r}: an integer is needed.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InvalidRequestError(f"seed={self.seed}: 64 bits are what torch takes.")
         for name in ("timeout", "expected_tokens"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InvalidRequestError(f"{name}={value!r}: a number above 0 is needed.")
-        for name in ("cache_salt", "tenant"):
+        for name in sorted(KEYS):
             _require_hashable(name, getattr(self, name))
 
 
@@ -61,6 +83,8 @@ OWN_OPTIONS = [field.name for field in fields(RequestOptions)]
 
 def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The options of each of `count` prompts: a list, a tensor `[count]` or an array has one for each.
+
+    So has a tuple, but for `cache_salt` and `tenant`.
 
     Raises:
         InvalidRequestError: A list of another length, or one streamer for several prompts.
@@ -75,17 +99,21 @@ def per_prompt(options: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def _values(name: str, value: Any, count: int) -> list[Any]:
-    value = list(value) if name in SINGULAR and isinstance(value, tuple) else value
-    if name in LISTS or not (isinstance(value, list) or getattr(value, "ndim", 0) == 1):
+    is_list = isinstance(value, list) or (isinstance(value, tuple) and name not in KEYS)
+    if name in LISTS or not (is_list or getattr(value, "ndim", 0) == 1):
         return [value] * count
-    values = value if isinstance(value, list) else value.tolist()
+    values = list(value) if isinstance(value, (list, tuple)) else value.tolist()
     if len(values) != count:
         raise InvalidRequestError(f"{name} has {len(values)} entries for {count} prompts: one each, or one for all.")
     return values
 
 
-def require_whole_numbers(options: dict[str, Any]) -> None:
-    """Raises `InvalidRequestError` for counts that are none: transformers' own error would not name the option."""
+def require_numbers(options: dict[str, Any]) -> None:
+    """Raises `InvalidRequestError` for numbers that are none: transformers' own error would not name the option, or come late."""
+    for name in REALS:
+        value = options.get(name)
+        if not isinstance(value, (Real, NoneType)) and getattr(value, "ndim", None) != 0:
+            raise InvalidRequestError(f"{name}={shown(value)}: a number is needed.")
     for name in WHOLE_NUMBERS:
         value = options.get(name)
         try:
@@ -94,10 +122,23 @@ def require_whole_numbers(options: dict[str, Any]) -> None:
             raise InvalidRequestError(f"{name}={shown(value)}: a whole number is needed.") from None
 
 
+def require_shorter(ids: list[int], options: dict[str, Any]) -> None:
+    """Raises `InvalidRequestError` for a prompt that is as long as `max_length`, which counts the prompt: that is this prompt's fault."""
+    config = options.get("generation_config")
+    found = [options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")]
+    if found[0] is None and isinstance(found[1], int) and 1 < found[1] <= len(ids):
+        raise InvalidRequestError(
+            f"the prompt has {len(ids)} tokens, max_length={found[1]} leaves none for the answer."
+        )
+
+
 def require_callables(options: dict[str, Any]) -> None:
     """Raises `InvalidRequestError` for processors, criteria and streamers that cannot be called."""
     for name in ("logits_processor", "stopping_criteria"):
-        for item in options.get(name) or []:
+        value = options.get(name)
+        if not isinstance(value, (list, tuple, NoneType)):
+            raise InvalidRequestError(f"{name}={shown(value)}: a list is needed.")
+        for item in value or []:
             if not callable(item):
                 raise InvalidRequestError(
                     f"{name} holds {type(item).__name__}, which cannot be called; it is one list for all prompts."

@@ -89,7 +89,17 @@ class SchedulerStats(NamedTuple):
     correlation: float | None
 
 
+def requests_of(chunks: list[Chunk]) -> list[Request]:
+    """Each once."""
+    return list({id(chunk.request): chunk.request for chunk in chunks}.values())
+
+
 def rest_of(request: Request, most: int) -> list[Chunk]:
-    """What is left to compute of a running request's rows, at most so many tokens of each."""
-    left = ((row, row.num_tokens - row.num_computed) for row in request.rows)
-    return [Chunk(request, row, min(count, most)) for row, count in left if count]
+    """What is left to compute of a running request's rows, at most so many tokens in all."""
+    chunks = []
+    for row in request.rows:
+        count = min(row.num_tokens - row.num_computed, most)
+        if count:
+            chunks.append(Chunk(request, row, count))
+            most -= count
+    return chunks

@@ -11,12 +11,15 @@ from ..compat import logger, text_config
 from ..errors import InvalidRequestError
 from .decoding import read_criteria
 
+NAMES = ("max_position_embeddings", "max_target_positions")
+"""What a config calls the number of positions."""
+
 MOST_PADDING = 8
 """Entries that tables of positions have beyond a model's positions: two in OPT and Bart."""
 
 
 class Positions:
-    """What a model's `max_position_embeddings` means for its requests.
+    """What a model's number of positions means for its requests.
 
     Models that look positions up in a table cannot go beyond it; on a GPU the attempt would end the process. Others compute
     positions, and are only worse there than what they were trained for: `generate` warns, and so does this, once.
@@ -26,8 +29,8 @@ class Positions:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        count = getattr(text_config(model.config), "max_position_embeddings", None)
-        self._count = count if isinstance(count, int) and count > 0 else None
+        counts = (getattr(text_config(model.config), name, None) for name in NAMES)
+        self._count = next((count for count in counts if isinstance(count, int) and count > 0), None)
         self._name, self._has_warned = type(model).__name__, False
         self._has_table = any(0 <= size - (self._count or 2**62) <= MOST_PADDING for size in _table_sizes(model))
 

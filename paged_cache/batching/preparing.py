@@ -10,6 +10,8 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ..devices import input_device
 from ..errors import InvalidRequestError
+from ..wording import shown
+from .options import require_numbers
 from .shadow import shadow
 
 SERVED_MODES = (
@@ -37,6 +39,7 @@ REFUSED = {
     "inputs": "the prompt is the first argument",
     "input_ids": "the prompt is the first argument",
     "past_key_values": "keys and values are kept in the batcher's pool",
+    "position_ids": "positions count the tokens of the prompt",
     "prefill_chunk_size": "prompts are cut into pieces by the batcher: ContinuousBatcher(..., max_num_batched_tokens=...)",
     "synced_gpus": "the batcher runs in one process",
 }
@@ -97,6 +100,7 @@ class Preparation:
             raise InvalidRequestError(
                 f"generation_config is {type(generation_config).__name__}; a GenerationConfig is needed, or options by name."
             )
+        require_numbers({**(vars(generation_config) if generation_config else {}), **options})
         for name in REFUSED:
             if _says_something(options.get(name)) or _says_something(getattr(generation_config, name, None)):
                 raise InvalidRequestError(f"{name} cannot be honoured: {REFUSED[name]}.")
@@ -104,9 +108,12 @@ class Preparation:
         streamer = options.pop("streamer", None)
         ids = torch.tensor([prompt_ids], dtype=torch.int64, device=self._device)
         mask = {"attention_mask": torch.ones_like(ids)} if self._accepts_mask else {}
-        prepared: Prepared = self._asked.generate(
-            ids, generation_config=generation_config, custom_generate=_capture, **{**mask, **options}
-        )
+        try:
+            prepared: Prepared = self._asked.generate(
+                ids, generation_config=generation_config, custom_generate=_capture, **{**mask, **options}
+            )
+        except TypeError as error:
+            raise InvalidRequestError(f"one of the options {shown(options, 300)} has a wrong type: {error}") from error
         prepared.streamer = streamer
         _require_served(prepared)
         return prepared

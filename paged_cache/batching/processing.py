@@ -15,6 +15,7 @@ from .pool_memory import PoolMemory
 from .reporting import Reports
 from .request import Request
 from .scheduler import Scheduler
+from .user_code import RAISED, as_error
 
 Finish = Callable[[Request, str, Exception | None], None]
 
@@ -128,8 +129,8 @@ class OutputProcessor:
         is_open = decoding.reasons[0] is None
         try:
             decoding.accept(tokens)
-        except Exception as error:  # noqa: BLE001 (a user's stopping criterion may raise anything)
-            self._finish(request, "error", error)
+        except RAISED as raised:
+            self._finish(request, "error", as_error(raised))
             return
         self._note(request, len(request.rows))
         try:
@@ -155,8 +156,8 @@ class OutputProcessor:
         search = cast(BeamSearch, request.decoding)
         try:
             turn = search.advance(logits)
-        except Exception as error:  # noqa: BLE001 (a user's processor may raise anything)
-            self._finish(request, "error", error)
+        except RAISED as raised:
+            self._finish(request, "error", as_error(raised))
             return
         if turn is not None:
             self._forward.settle()
@@ -181,9 +182,9 @@ class OutputProcessor:
         if request.decoding.streamer is not None:
             try:
                 request.decoding.streamer.put(ids)
-            except Exception as error:  # noqa: BLE001 (a user's streamer may raise anything)
+            except RAISED as raised:
                 request.decoding.streamer = None  # it has had its say
-                self._finish(request, "error", error)
+                self._finish(request, "error", as_error(raised))
 
 
 def make_output(request: Request, reason: str, error: Exception | None, now: float, tokenizer: Any) -> RequestOutput:

@@ -51,18 +51,31 @@ def require_readable(prompts: list[Any], tokenizer: Any) -> None:
         _require(tokenizer, kinds[0])
 
 
-def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
-    """The ids of one prompt.
+def token_ids(
+    prompt: Any,
+    tokenizer: Any,
+    vocab_size: int | None,
+    attention_mask: Any = None,
+    pad_token_id: int | None = None,
+) -> list[int]:
+    """The ids of one prompt, without padding.
 
     Args:
-        prompt: Token ids (a list, a tensor `[length]` or `[1, length]`, an array), a string, or chat messages (a list of
-            dicts with "role" and "content"). The latter two need a tokenizer, with a chat template for messages.
+        prompt: Token ids (a list, a tensor `[length]` or `[1, length]`, an array), what a tokenizer returns for one text, a
+            string, or chat messages (a list of dicts with "role" and "content"). The latter two need a tokenizer, with a
+            chat template for messages.
         tokenizer: Or None.
         vocab_size: Ids are below it, if it is known.
+        attention_mask: As many numbers as ids, 0 for padding.
+        pad_token_id: What stands for padding on the left of a tensor `[1, length]` without a mask, as `generate` takes it.
 
     Raises:
         InvalidRequestError: None of these, empty, or with ids that the model does not have.
     """
+    if attention_mask is not None and (isinstance(prompt, str) or _is_chat(prompt)):
+        raise InvalidRequestError(
+            "attention_mask goes with token ids; the tokenizer makes those of text without padding."
+        )
     if isinstance(prompt, str):
         _require(tokenizer, "a string")
         ids = list(tokenizer(prompt)["input_ids"])
@@ -72,7 +85,7 @@ def token_ids(prompt: Any, tokenizer: Any, vocab_size: int | None) -> list[int]:
             raise InvalidRequestError("the tokenizer has no chat_template: pass the prompt as a string or token ids.")
         ids = list(tokenizer(_render(prompt, tokenizer), add_special_tokens=False)["input_ids"])
     else:
-        ids = _integers(prompt)
+        ids = _unpadded(prompt, attention_mask, pad_token_id)
     if not ids:
         raise InvalidRequestError("the prompt is empty: it needs at least one token.")
     wrong = next((token for token in ids if token < 0 or (vocab_size is not None and token >= vocab_size)), None)
@@ -90,7 +103,20 @@ def _without_padding(prompts: torch.Tensor, attention_mask: Any, pad_token_id: i
     return [row[shown != 0].tolist() for row, shown in zip(prompts, mask, strict=True)]
 
 
-def _shown(ids: list[int], mask: list[int]) -> list[int]:
+def _unpadded(prompt: Any, attention_mask: Any, pad_token_id: int | None) -> list[int]:
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        prompt, attention_mask = prompt["input_ids"], prompt.get("attention_mask", attention_mask)
+    ids, mask = _integers(prompt), _lists(attention_mask)
+    if mask is not None:
+        is_nested = isinstance(mask, (list, tuple)) and len(mask) == 1 and isinstance(mask[0], (list, tuple))
+        return _shown(ids, mask[0] if is_nested else mask)
+    is_batch = getattr(prompt, "ndim", 0) == 2
+    return list(dropwhile(lambda token: token == pad_token_id, ids)) if is_batch else ids
+
+
+def _shown(ids: list[int], mask: Any) -> list[int]:
+    if not isinstance(mask, (list, tuple)):
+        raise InvalidRequestError(f"attention_mask={shown(mask)}: as many numbers as the prompt has tokens are needed.")
     if len(mask) != len(ids):
         raise InvalidRequestError(f"attention_mask has {len(mask)} entries for a prompt of {len(ids)} tokens.")
     return [token for token, shown in zip(ids, mask, strict=True) if shown]

@@ -10,6 +10,7 @@ from .processing import make_output
 from .reporting import Reports
 from .request import Request, Status
 from .scheduler import Scheduler
+from .user_code import RAISED, as_error
 
 
 class Roster:
@@ -78,9 +79,9 @@ class Roster:
         try:
             if streamer is not None:
                 streamer.end()
-        except Exception as raised:  # noqa: BLE001 (a user's streamer may raise anything)
+        except RAISED as raised:
             if error is None:
-                reason, error = "error", raised
+                reason, error = "error", as_error(raised)
         finally:
             self.finished[reason] += 1
             if error is not None:

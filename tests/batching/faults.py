@@ -21,10 +21,10 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 @contextlib.contextmanager
-def batching(name="llama", num_blocks=300, block_size=4, **settings):
+def batching(name="llama", num_blocks=300, block_size=4, prefix_caching=True, **settings):
     """A batcher on a poisoned pool; in the end all blocks are back."""
     of = tiny(name)
-    pool = poisoned_pool(of, num_blocks, block_size)
+    pool = poisoned_pool(of, num_blocks, block_size, prefix_caching=prefix_caching)
     with ContinuousBatcher(of, pool, **settings) as batcher:
         yield batcher
     assert_whole(pool)

@@ -148,22 +148,65 @@ def several(batcher, options):
     return [batcher.submit(PROMPTS[1], **{**GREEDY, **own}) for own in options]
 
 
-def test_alone_without_enough_memory_waits():
-    """A request for which memory runs out while each is computed alone is computed in a later step."""
-    calls = []
-
-    def fails(number, num_tokens):
-        calls.append(number)
-        return number in (2, 3)
-
-    errors = iter([RuntimeError("the step"), OutOfMemory()])
-    with batching() as batcher:
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_out_of_memory_alone(name):
+    """Where a step fails and then memory runs out for one request of it, that one is computed with less, or ends."""
+    errors = [RuntimeError("the step"), OutOfMemory()]
+    numbers = {1: 0, 2: 1} if name == "llama" else {3: 0, 4: 1}  # prompts of the latter have forwards of their own
+    with batching(name, max_num_batched_tokens=64) as batcher:
         handles = submit_all(batcher)
-        with failing(tiny("llama"), fails, lambda: next(errors)):
+        seen = []
+        with failing(tiny(name), lambda n, _: n in numbers and not seen.append(n), lambda: errors[numbers[seen[-1]]]):
             outputs = run(batcher, handles)
-        assert next(errors, None) is None
-        assert tokens(outputs) == expected()
+        assert seen == list(numbers)
+        want = expected(name=name)
+        is_cut = [output.error is errors[1] for output in outputs]
+        assert is_cut.count(True) == (0 if name == "llama" else 1)
+        assert all(
+            cut or output.generated_tokens == right for cut, output, right in zip(is_cut, outputs, want, strict=True)
+        )
         assert is_free(batcher.pool)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_no_memory_alone_and_an_error_in_company(name, monkeypatch):
+    """Nothing works, whatever is tried: all requests end, instead of being tried forever."""
+    original = engine_module.Engine._execute
+
+    def execute(self, plan, count):
+        if len({chunk.request.request_id for chunk in plan.chunks}) > 1:
+            raise RuntimeError("in company")
+        raise OutOfMemory
+
+    with batching(name) as batcher:
+        monkeypatch.setattr(engine_module.Engine, "_execute", execute)
+        outputs = run(batcher, submit_all(batcher))
+        assert [type(output.error) for output in outputs] == [OutOfMemory] * len(PROMPTS)
+        monkeypatch.setattr(engine_module.Engine, "_execute", original)
+        assert tokens(run(batcher, submit_all(batcher))) == expected(name=name)
+
+
+def test_budget_is_kept_alone(monkeypatch):
+    """Rows of a request that are computed again after a failure share the token budget."""
+    counts, broken = [], []
+    original = engine_module.Engine._execute
+
+    def execute(self, plan, count):
+        counts.append(sum(chunk.num_tokens for chunk in plan.chunks))
+        original(self, plan, count)
+        if len(plan.chunks) > 8 and not broken:
+            broken.append(plan)
+            raise RuntimeError("once, with logits that are lost")
+
+    monkeypatch.setattr(engine_module.Engine, "_execute", execute)
+    options = {"do_sample": True, "num_return_sequences": 8, "seed": 1, "max_new_tokens": 6}
+    ids = prompt(60, 1)
+    with batching(max_num_batched_tokens=16, max_num_seqs=16, prefix_caching=False) as batcher:
+        handles = [batcher.submit(ids, **options), batcher.submit(PROMPTS[0], **GREEDY | {"max_new_tokens": 20})]
+        outputs = run(batcher, handles)
+    assert broken
+    assert max(counts) <= 16
+    assert outputs[0].sequences == alone(tiny("llama"), ids, **options)
 
 
 # Memory

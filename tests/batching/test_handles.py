@@ -1,5 +1,6 @@
 """Handles, waiting, cancelling and closing: from any thread, with and without the batcher's own."""
 
+import asyncio
 import gc
 import re
 import threading
@@ -334,15 +335,47 @@ def test_thread_of_the_batcher():
     no_threads_left()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_thread_of_the_batcher_survives_interrupts(error):
-    """Whatever leaves a step in the batcher's own thread takes the step back; the thread goes on."""
+def test_thread_of_the_batcher_survives_interrupts():
+    """What leaves a step in the batcher's own thread takes the step back; the thread goes on."""
     with batching() as batcher:
         batcher.start()
-        handle = batcher.submit(PROMPTS[0], **GREEDY, streamer=Streamer(2, error))
+        handle = batcher.submit(PROMPTS[0], **GREEDY, streamer=Streamer(2, KeyboardInterrupt))
         others = submit_all(batcher)
         assert [handle.result(timeout=PATIENCE).generated_tokens] == expected(PROMPTS[0])
         assert tokens(other.result(timeout=PATIENCE) for other in others) == expected()
+
+
+def test_thread_of_the_batcher_gives_up_at_last():
+    """A processor that interrupts every step ends what runs, instead of keeping everybody waiting forever."""
+
+    def interrupt(input_ids, scores):
+        raise KeyboardInterrupt
+
+    with batching(max_num_seqs=2) as batcher:
+        batcher.start()
+        bad = batcher.submit(PROMPTS[0], **GREEDY, logits_processor=[interrupt])
+        assert "every step was interrupted by KeyboardInterrupt" in str(bad.result(timeout=PATIENCE).error)
+        assert tokens(handle.result(timeout=PATIENCE) for handle in submit_all(batcher)) == expected()
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize("options", ["logits_processor", "stopping_criteria", "streamer"])
+def test_code_of_a_request_that_leaves(options, error, is_started):
+    """`sys.exit` in code of a request ends this request, with what was raised, and no other."""
+
+    def leave(*_):
+        raise error("3")
+
+    own = {options: Streamer(2, error) if options == "streamer" else [leave]}
+    with batching() as batcher:
+        if is_started:
+            batcher.start()
+        handles = [batcher.submit(PROMPTS[0], **GREEDY, **own), *submit_all(batcher)]
+        bad, *others = (handle.result(timeout=PATIENCE) for handle in handles)
+        assert bad.finish_reason == "error"
+        assert f"code of the request raised {error.__name__}" in str(bad.error)
+        assert tokens(others) == expected()
 
 
 @pytest.mark.parametrize("is_started", [False, True])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 def test_options_of_each_prompt():
-    """A list, a tensor or an array means one for each prompt; lists by nature and all else are for all."""
+    """A list, a tuple, a tensor or an array means one for each prompt; lists and tuples by nature and all else are for all."""
     shared = {"eos_token_id": [7, 8], "bad_words_ids": [[1], [2], [3]], "seed": 4, "cache_salt": ("a", "b")}
     rows = per_prompt(
         {
@@ -24,13 +24,14 @@ def test_options_of_each_prompt():
             "temperature": torch.tensor([0.5, 1.0]),
             "top_k": np.array([3, 4]),
             "streamer": [None, "b"],
+            "priority": (2, 1),
             **shared,
         },
         2,
     )
     assert rows == [
-        {"max_new_tokens": 1, "temperature": 0.5, "top_k": 3, "streamer": None, **shared},
-        {"max_new_tokens": 2, "temperature": 1.0, "top_k": 4, "streamer": "b", **shared},
+        {"max_new_tokens": 1, "temperature": 0.5, "top_k": 3, "streamer": None, "priority": 2, **shared},
+        {"max_new_tokens": 2, "temperature": 1.0, "top_k": 4, "streamer": "b", "priority": 1, **shared},
     ]
 
 
@@ -56,6 +57,7 @@ def test_options_that_are_lists_exist():
         ("priority", math.nan),
         ("seed", "a"),
         ("seed", 1.5),
+        ("seed", 2**64),
         ("timeout", 0),
         ("timeout", math.nan),
         ("timeout", "1"),
@@ -72,6 +74,13 @@ def test_values_that_make_no_sense(name, value):
         RequestOptions(**{name: value})
 
 
+def changed(**values):
+    """A config whose attributes were set afterwards, where nobody looks at them."""
+    config = GenerationConfig()
+    vars(config).update(values)
+    return config
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -82,8 +91,15 @@ def test_values_that_make_no_sense(name, value):
         ({"generation_config": {"max_new_tokens": 3}}, "generation_config is dict"),
         ({"max_new_tokens": "5"}, "prompt 0: max_new_tokens='5': a whole number"),
         ({"max_new_tokens": [5, 5.5]}, "prompt 1: max_new_tokens=5.5: a whole number"),
+        ({"top_p": "0.9", "do_sample": True}, r"prompt 0: top_p='0.9': a number"),
+        ({"max_time": [1, "2"]}, "prompt 1: max_time='2': a number"),
+        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size=1.5: a whole number"),
+        ({"eos_token_id": "</s>"}, r"one of the options {.*'eos_token_id': '</s>'.*} has a wrong type: "),
+        ({"logits_processor": len}, "logits_processor=<built-in function len>: a list is needed"),
         ({"num_return_sequences": "two"}, "num_return_sequences='two': a whole number"),
         ({"num_beams": 0}, "num_beams=0: at least 1"),
+        ({"generation_config": changed(min_new_tokens=5.5)}, "prompt 0: min_new_tokens=5.5: a whole number"),
+        ({"generation_config": changed(num_beams="2")}, "prompt 0: num_beams='2': a whole number"),
         ({"generation_config": GenerationConfig(num_return_sequences=0)}, "num_return_sequences=0: at least 1"),
     ],
 )

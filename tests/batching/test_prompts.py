@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from paged_cache import ContinuousBatcher, InvalidRequestError
 from paged_cache.assets import MODEL_PATH
@@ -215,3 +215,79 @@ def test_mixed_prompts_on_the_shipped_model(chatty):
         assert output.texts == [output.text]
     assert stopped.finish_reason == "stop"
     assert stopped.text.count("\n") == 1
+
+
+PADDED = torch.tensor([[1, 1, 1, *IDS]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mask"),
+    [
+        (PADDED, MASK),
+        (PADDED[0], MASK[0]),
+        (PADDED.numpy(), MASK.numpy()),
+        (PADDED.tolist()[0], MASK.tolist()[0]),
+        (PADDED[0], MASK.tolist()),
+        ({"input_ids": PADDED, "attention_mask": MASK}, None),
+        ({"input_ids": PADDED.tolist()[0], "attention_mask": MASK.tolist()[0]}, None),
+        (PADDED, None),  # as `generate` does where padding is no token that ends a sequence
+        ({"input_ids": PADDED}, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_padding_of_one_prompt(prompt, mask):
+    """What a mask hides, or what is padding on the left of a batch of one, is no token, in `submit` as in `generate`."""
+    of = tiny("gpt2")
+    want = of.generate(PADDED, attention_mask=MASK, **GREEDY)[0, 6:].tolist()
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        given = {} if mask is None else {"attention_mask": mask}
+        alone_ = batcher.submit(prompt, **given, **GREEDY).result(timeout=20)
+        assert (alone_.prompt_ids, alone_.generated_tokens) == (IDS, want)
+        if mask is None:
+            first, second = batcher.generate([prompt, IDS], **GREEDY, progress_bar=False)
+            assert (first.prompt_ids, first.generated_tokens) == (IDS, want)
+            assert second.generated_tokens == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mask", "words"),
+    [
+        (PADDED, torch.ones(1, 3), "attention_mask has 3 entries for a prompt of 6 tokens"),
+        (IDS, [1, 1], "attention_mask has 2 entries for a prompt of 3 tokens"),
+        (IDS, 1, "attention_mask=1: as many numbers"),
+        ([5], [[0]], "the prompt is empty"),
+        ("text", [1], "attention_mask goes with token ids"),
+        (CHAT, [1], "attention_mask goes with token ids"),
+    ],
+)
+def test_masks_that_do_not_fit(prompt, mask, words):
+    """They are refused, with both lengths."""
+    of = tiny("gpt2")
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher, pytest.raises(InvalidRequestError, match=words):
+        batcher.submit(prompt, attention_mask=mask, **GREEDY)
+
+
+def test_positions_of_ones_own():
+    """They cannot be honoured, and are not left out in silence."""
+    of = tiny("gpt2")
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        for ask in (batcher.submit, lambda ids, **options: batcher.generate([ids], **options)):
+            with pytest.raises(
+                InvalidRequestError, match="position_ids cannot be honoured: positions count the tokens"
+            ):
+                ask(IDS, position_ids=torch.arange(3)[None] + 10, **GREEDY)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 5}, {"generation_config": GenerationConfig(max_length=5)}])
+def test_a_prompt_as_long_as_max_length(options):
+    """It alone is rejected: `max_length` counts the prompt, and the others have room."""
+    of = tiny("gpt2")
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        outputs = batcher.generate([IDS, [*IDS, 8, 9], IDS[:1]], do_sample=False, progress_bar=False, **options)
+        assert [output.finish_reason for output in outputs] == ["length", "rejected", "length"]
+        assert [len(output.generated_tokens) for output in outputs] == [2, 0, 4]
+        assert "prompt 1: the prompt has 5 tokens, max_length=5 leaves none" in str(outputs[1].error)
+        assert outputs[0].generated_tokens == alone(of, IDS, do_sample=False, **options)[0]
+        with pytest.raises(ValueError, match="max_length"):
+            batcher.submit([*IDS, 8, 9], **options)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from paged_cache import AsyncContinuousBatcher, InvalidRequestError, PagedCacheError
+from paged_cache import AsyncContinuousBatcher, ContinuousBatcher, InvalidRequestError, PagedCacheError
 from paged_cache.batching.options import RequestOptions
 from paged_cache.batching.policy import Policy
 from paged_cache.batching.reporting import Reports
@@ -24,6 +24,7 @@ from paged_cache.observability import (
     Scheduled,
     StepDone,
 )
+from tests.adapters.zoo import ZOOS, make, mixed
 from tests.batching.alone import prompt, tiny
 from tests.batching.faults import (
     GREEDY,
@@ -535,3 +536,27 @@ def test_asyncio_and_idle():
     assert tokens(outputs) == expected()
     assert len(of_kind(trace, Finished)) == len(of_kind(late, Finished)) == 5
     assert of_kind(late, Idle)[0].blocks_in_use == 0
+
+
+def test_tokens_of_a_step_that_failed_count_once():
+    """Of several forwards one fails: what the others stored of prompts is told, although nobody computes it again."""
+    zoo = ZOOS["vera"]  # each adapter has a forward of its own
+    of, events, calls = make(zoo), [], []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the third forward")
+
+    with ContinuousBatcher(of, poisoned_pool(of, block_size=4), observers=[events.append]) as batcher:
+        handles = [batcher.submit(ids, adapter_name=name, **GREEDY) for ids, name in mixed([*zoo.exact])]
+        hook = of.get_base_model().get_input_embeddings().register_forward_pre_hook(fail)
+        outputs = run(batcher, handles)
+        hook.remove()
+        num_tokens = batcher.stats().num_batched_tokens
+    assert len(calls) > 3
+    assert [output.finish_reason for output in outputs] == ["length"] * len(outputs)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    lengths = sum(len(output.prompt_ids) for output in outputs)
+    assert sum(step.num_prompt_tokens + step.num_cached_tokens for step in steps) == lengths
+    assert sum(step.num_tokens for step in steps) == num_tokens

@@ -20,6 +20,7 @@ from .request import Chunk, Request, Status
 from .roster import Roster
 from .scheduler import Scheduler
 from .stopwatch import Stopwatch
+from .user_code import RAISED, as_error
 
 BLOCKED_SECONDS = 10.0
 """How long the first request waits for blocks that somebody outside the batcher holds, while nothing else runs."""
@@ -92,12 +93,12 @@ class Engine:
         wrong = None
         try:
             self.scheduler.add(*requests)
-        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
+        except RAISED as raised:
             if len(requests) > 1:  # only the one that it fails for is to suffer
                 for request in requests:
                     self._add_new([request])
                 return
-            wrong = error
+            wrong = as_error(raised)
         if self.reports.observers:
             self.reports.queued(requests)
         if wrong is not None:
@@ -220,7 +221,7 @@ class Engine:
         plan.chunks = by_adapter(plan.chunks)
 
     def _count_part(self, chunks: list[Chunk], places: list[int], start: float) -> None:
-        """A step that failed after some of its forwards: what they stored of prompts is there, and is not computed again."""
+        """A step that failed after some of its forwards: what they stored of prompts counts."""
         pairs = zip(chunks, places, strict=True)
         stored = [Chunk(request, row, row.num_computed - place) for (request, row, _), place in pairs]
         done = [chunk for chunk in stored if chunk.num_tokens and chunk.request.first_token_time is None]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..devices import input_device
+from ..errors import InvalidRequestError
 from .adapter_store import AdapterStore
 from .beam_search import BeamSearch
 from .decoding import Decoding
@@ -95,16 +96,27 @@ class InputProcessor:
         self._adapters.enter(request)
         return request
 
+    def require_shorter(self, ids: list[int], options: dict[str, Any]) -> None:
+        """Raises `InvalidRequestError` for a prompt as long as `max_length`, which counts the prompt: that is this prompt's fault."""
+        config = options.get("generation_config")
+        most: Any = options.get("max_length", getattr(config, "max_length", None))
+        if hasattr(most, "__index__") and self._asked("max_new_tokens", options) is None and 1 < int(most) <= len(ids):
+            raise InvalidRequestError(
+                f"the prompt has {len(ids)} tokens, max_length={most} leaves none for the answer."
+            )
+
     def _pad_token_id(self, options: dict[str, Any]) -> int | None:
         """What `generate` takes for padding where no mask says so; None if that is a token that ends sequences, or unknown."""
-        config = options.get("generation_config")
-        sources = [options, vars(config) if hasattr(config, "__dict__") else {}, vars(self.model.generation_config)]
-        pad, eos = (
-            next((source[name] for source in sources if source.get(name) is not None), None)
-            for name in ("pad_token_id", "eos_token_id")
-        )
+        pad, eos = (self._asked(name, options) for name in ("pad_token_id", "eos_token_id"))
+        eos = eos.tolist() if hasattr(eos, "tolist") else eos
         ends = eos if isinstance(eos, (list, tuple)) else [eos]
         return pad if isinstance(pad, int) and pad not in ends else None
+
+    def _asked(self, name: str, options: dict[str, Any]) -> Any:
+        """What `generate` takes for an option: the request's, its config's or the model's."""
+        config = options.get("generation_config")
+        sources = [options, vars(config) if hasattr(config, "__dict__") else {}, vars(self.model.generation_config)]
+        return next((source[name] for source in sources if source.get(name) is not None), None)
 
     def _decoding(self, prepared: Prepared, seed: int | None) -> Search:
         generator = self._generator(seed) if prepared.config.do_sample else None

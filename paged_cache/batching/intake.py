@@ -7,7 +7,7 @@ from .engine import Engine
 from .handle import RequestHandle
 from .inputs import InputProcessor
 from .loop import EngineLoop
-from .options import OWN_OPTIONS, RequestOptions, require_shorter
+from .options import OWN_OPTIONS, RequestOptions
 from .request import Request, Status
 from .serving import why_never
 
@@ -49,7 +49,7 @@ class Intake:
         """
         try:
             ids, error = self._inputs.read(prompt, None, options), None
-            require_shorter(ids, options)
+            self._inputs.require_shorter(ids, options)
         except InvalidRequestError as wrong:
             ids, error = [0], InvalidRequestError(f"{where}{wrong}")
         own = {name: options.pop(name) for name in OWN_OPTIONS if name in options}

@@ -190,17 +190,17 @@ class EngineLoop:
         self._end_all("abort")
 
     def _run(self) -> None:
-        interrupts = 0
+        interrupts, num_steps, kind = 0, 0, ""
         while not self.is_over:
             try:
+                if interrupts >= MOST_INTERRUPTS:  # no Ctrl-C, which the main thread gets: it would go on forever
+                    interrupts = 0
+                    self._end_all("error", PagedCacheError(f"every step was interrupted by {kind}."))
                 self._serve()
-                interrupts = 0
             except BaseException as raised:  # noqa: BLE001, PERF203 (the step was taken back, the next one goes on)
                 logger.exception("a step was interrupted")
-                interrupts += 1
-                if interrupts == MOST_INTERRUPTS:  # no Ctrl-C, which the main thread gets: it would go on forever
-                    interrupts = 0
-                    self._end_all("error", PagedCacheError(f"every step was interrupted by {type(raised).__name__}."))
+                interrupts = interrupts + 1 if num_steps == self._engine.num_steps else 1
+                num_steps, kind = self._engine.num_steps, type(raised).__name__
 
     def _serve(self) -> None:
         """Waits for work, or does a step whose errors nobody else would see."""

@@ -117,19 +117,9 @@ def require_numbers(options: dict[str, Any]) -> None:
     for name in WHOLE_NUMBERS:
         value = options.get(name)
         try:
-            operator.index(0 if value is None else value)
+            operator.index(0 if value is None or (isinstance(value, float) and value.is_integer()) else value)
         except TypeError:
             raise InvalidRequestError(f"{name}={shown(value)}: a whole number is needed.") from None
-
-
-def require_shorter(ids: list[int], options: dict[str, Any]) -> None:
-    """Raises `InvalidRequestError` for a prompt that is as long as `max_length`, which counts the prompt: that is this prompt's fault."""
-    config = options.get("generation_config")
-    found = [options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")]
-    if found[0] is None and isinstance(found[1], int) and 1 < found[1] <= len(ids):
-        raise InvalidRequestError(
-            f"the prompt has {len(ids)} tokens, max_length={found[1]} leaves none for the answer."
-        )
 
 
 def require_callables(options: dict[str, Any]) -> None:

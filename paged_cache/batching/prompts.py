@@ -106,17 +106,22 @@ def _without_padding(prompts: torch.Tensor, attention_mask: Any, pad_token_id: i
 def _unpadded(prompt: Any, attention_mask: Any, pad_token_id: int | None) -> list[int]:
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
         prompt, attention_mask = prompt["input_ids"], prompt.get("attention_mask", attention_mask)
-    ids, mask = _integers(prompt), _lists(attention_mask)
-    if mask is not None:
-        is_nested = isinstance(mask, (list, tuple)) and len(mask) == 1 and isinstance(mask[0], (list, tuple))
-        return _shown(ids, mask[0] if is_nested else mask)
-    is_batch = getattr(prompt, "ndim", 0) == 2
-    return list(dropwhile(lambda token: token == pad_token_id, ids)) if is_batch else ids
+    ids = _integers(prompt)
+    if attention_mask is not None:
+        return _shown(ids, attention_mask)
+    if getattr(prompt, "ndim", 0) < 2:
+        return ids
+    return list(dropwhile(lambda token: token == pad_token_id, ids)) or ids[-1:]
 
 
-def _shown(ids: list[int], mask: Any) -> list[int]:
-    if not isinstance(mask, (list, tuple)):
-        raise InvalidRequestError(f"attention_mask={shown(mask)}: as many numbers as the prompt has tokens are needed.")
+def _shown(ids: list[int], attention_mask: Any) -> list[int]:
+    mask = _lists(attention_mask)
+    if isinstance(mask, (list, tuple)) and len(mask) == 1 and isinstance(mask[0], (list, tuple)):
+        mask = mask[0]
+    if not isinstance(mask, (list, tuple)) or not all(value in (0, 1) for value in mask):
+        raise InvalidRequestError(
+            f"attention_mask={shown(attention_mask)}: a 0 or 1 for each token of the prompt is needed."
+        )
     if len(mask) != len(ids):
         raise InvalidRequestError(f"attention_mask has {len(mask)} entries for a prompt of {len(ids)} tokens.")
     return [token for token, shown in zip(ids, mask, strict=True) if shown]

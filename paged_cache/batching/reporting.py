@@ -13,6 +13,7 @@ from .plan import StepPlan
 from .pool_memory import PoolMemory
 from .request import Chunk, Request
 from .scheduler import Scheduler
+from .user_code import RAISED
 
 Ending: TypeAlias = tuple[RequestHandle, RequestOutput]
 """A handle that is to end, and with what."""
@@ -112,7 +113,7 @@ class Reports:
     def _call(self, observer: Observer, event: Event) -> None:
         try:
             observer(event)
-        except Exception:  # noqa: BLE001 (an observer may raise anything; no request is to suffer)
+        except RAISED:
             logger.exception("observer %r failed at %r and is called no more", observer, event)
             self.remove(observer)
 

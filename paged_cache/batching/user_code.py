@@ -1,4 +1,4 @@
-"""Code that comes with a request (processors, criteria, streamers, listeners): whatever it raises is its own affair."""
+"""Code of callers (processors, criteria, streamers, listeners, policies): whatever it raises is the affair of its request."""
 
 from asyncio import CancelledError
 

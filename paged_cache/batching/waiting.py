@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import InvalidRequestError
 from .policy import Outlook, Policy
 from .request import Request
+from .user_code import RAISED
 
 logger = logging.getLogger("paged_cache")
 
@@ -114,7 +115,7 @@ class Line:
         """What the policy says; the key, if it fails: that is no request's fault."""
         try:
             return float(self._policy.rank(key, lane, now))
-        except Exception as error:  # noqa: BLE001 (a user's policy may raise anything)
+        except RAISED as error:
             if not self._policy.has_warned:
                 logger.warning(
                     "policy %r cannot rank, keys are taken: %s: %s", self._policy.name, type(error).__name__, error

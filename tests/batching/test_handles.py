@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 
 import paged_cache
 from paged_cache import ContinuousBatcher, InvalidRequestError, OutOfBlocksError, PagedCacheError
+from paged_cache.batching.policy import Policy
 from tests.batching.alone import alone, prompt, tiny
 from tests.batching.faults import (
     GREEDY,
@@ -355,6 +356,39 @@ def test_thread_of_the_batcher_gives_up_at_last():
         batcher.start()
         bad = batcher.submit(PROMPTS[0], **GREEDY, logits_processor=[interrupt])
         assert "every step was interrupted by KeyboardInterrupt" in str(bad.result(timeout=PATIENCE).error)
+        assert tokens(handle.result(timeout=PATIENCE) for handle in submit_all(batcher)) == expected()
+
+
+def test_observer_that_leaves():
+    """It is called no more; the thread goes on, and no request suffers."""
+    heard = []
+
+    def leave(event):
+        heard.append(event)
+        raise SystemExit
+
+    with batching(observers=[leave]) as batcher:
+        batcher.start()
+        for _ in range(2):
+            assert tokens(handle.result(timeout=PATIENCE) for handle in submit_all(batcher)) == expected()
+    assert len(heard) == 1
+
+
+def test_policy_that_leaves():
+    """The request that it leaves at ends with an error; the thread goes on."""
+
+    class Leaving(Policy):
+        name = "leaving"
+
+        def key(self, request, outlook):
+            if request.request_id == "bad":
+                raise SystemExit
+            return request.arrival_time
+
+    with batching(policy=Leaving()) as batcher:
+        batcher.start()
+        bad = batcher.submit(PROMPTS[0], **GREEDY, request_id="bad").result(timeout=PATIENCE)
+        assert (bad.finish_reason, "SystemExit" in str(bad.error)) == ("error", True)
         assert tokens(handle.result(timeout=PATIENCE) for handle in submit_all(batcher)) == expected()
 
 

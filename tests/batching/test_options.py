@@ -112,6 +112,15 @@ def test_nothing_is_begun(options, words):
         assert tokens(batcher.generate(PROMPTS[:2], **GREEDY, progress_bar=False)) == expected(*PROMPTS[:2])
 
 
+def test_whole_numbers_in_other_clothes():
+    """numpy's, tensors of one, and floats without a fraction are what they were for transformers."""
+    with batching() as batcher:
+        for value in (np.int64(6), torch.tensor(6), 6.0):
+            config = changed(max_new_tokens=value, do_sample=False, top_p=None)
+            output = batcher.submit(PROMPTS[0], config).result(timeout=PATIENCE)
+            assert [output.generated_tokens] == expected(PROMPTS[0])
+
+
 def test_outputs_can_be_stored():
     """Pickle keeps tokens and text, and leaves the tokenizer out."""
 

@@ -255,7 +255,10 @@ def test_padding_of_one_prompt(prompt, mask):
     [
         (PADDED, torch.ones(1, 3), "attention_mask has 3 entries for a prompt of 6 tokens"),
         (IDS, [1, 1], "attention_mask has 2 entries for a prompt of 3 tokens"),
-        (IDS, 1, "attention_mask=1: as many numbers"),
+        (IDS, 1, "attention_mask=1: a 0 or 1 for each token"),
+        (IDS, torch.ones(3, 3), "attention_mask=tensor.*: a 0 or 1 for each token"),
+        (IDS, [0.0, -1e9, 0.0], "a 0 or 1 for each token"),
+        (IDS, ["0", "1", "1"], "a 0 or 1 for each token"),
         ([5], [[0]], "the prompt is empty"),
         ("text", [1], "attention_mask goes with token ids"),
         (CHAT, [1], "attention_mask goes with token ids"),
@@ -291,3 +294,38 @@ def test_a_prompt_as_long_as_max_length(options):
         assert outputs[0].generated_tokens == alone(of, IDS, do_sample=False, **options)[0]
         with pytest.raises(ValueError, match="max_length"):
             batcher.submit([*IDS, 8, 9], **options)
+
+
+def test_masks_of_several_prompts():
+    """Tensors or arrays in a list, beside the prompts or in a tokenizer's output, as lists do."""
+    of, longer = tiny("gpt2"), torch.tensor([[9, *IDS]])
+    pairs = [
+        ([PADDED[0], longer[0]], [MASK[0], torch.tensor([0, 1, 1, 1])]),
+        ([PADDED, longer], [MASK.bool(), [[0, 1, 1, 1]]]),
+    ]
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        for prompts, masks in pairs:
+            for ask in ((prompts, {"attention_mask": masks}), ({"input_ids": prompts, "attention_mask": masks}, {})):
+                outputs = batcher.generate(ask[0], **ask[1], **GREEDY, progress_bar=False)
+                assert [output.prompt_ids for output in outputs] == [IDS, IDS]
+
+
+@pytest.mark.parametrize("ends", [torch.tensor([90, 91]), np.array([90, 91]), [90, 91], 90])
+def test_ends_and_padding(ends):
+    """Tokens that end a sequence may be a tensor: they are looked at for what is padding."""
+    of = tiny("gpt2")
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        config = GenerationConfig(pad_token_id=1, eos_token_id=ends)
+        for options in ({"eos_token_id": ends}, {"generation_config": config}):
+            assert batcher.submit(PADDED, **options, **GREEDY).result(timeout=20).prompt_ids == IDS
+        only = torch.tensor([[1]])
+        assert batcher.submit(only, **GREEDY).result(timeout=20).prompt_ids == [1]
+
+
+def test_max_length_that_does_not_count(monkeypatch):
+    """The model's own `max_new_tokens` wins over `max_length`, as in `generate`."""
+    of = tiny("gpt2")
+    monkeypatch.setattr(of.generation_config, "max_new_tokens", 4)
+    with ContinuousBatcher(of, poisoned_pool(of)) as batcher:
+        outputs = batcher.generate([IDS * 4, IDS], max_length=10, do_sample=False, progress_bar=False)
+    assert [len(output.generated_tokens) for output in outputs] == [4, 4]

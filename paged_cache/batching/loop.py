@@ -197,6 +197,7 @@ class EngineLoop:
                     interrupts = 0
                     self._end_all("error", PagedCacheError(f"every step was interrupted by {kind}."))
                 self._serve()
+                interrupts = 0
             except BaseException as raised:  # noqa: BLE001, PERF203 (the step was taken back, the next one goes on)
                 logger.exception("a step was interrupted")
                 interrupts = interrupts + 1 if num_steps == self._engine.num_steps else 1

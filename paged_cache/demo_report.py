@@ -89,7 +89,7 @@ def _show_model(console: Console, name: str | Path, demo: Demo) -> None:
         f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
     )
     console.print(
-        f"[bold]Pool[/]: {pool.num_blocks} blocks of {pool.block_size} tokens, {format_bytes(pool.nbytes)}, "
+        f"[bold]Pool[/]: {pool.num_blocks} blocks of {pool.block_size} tokens, {format_bytes(pool.nbytes, 1)}, "
         f"{pool.bytes_per_token:,} bytes per token"
     )
 
@@ -137,7 +137,7 @@ def _show_memory(console: Console, memories: list[Memory], demo: Demo) -> None:
     table = _table("", "reserved", "used", "wasted", "", "")
     most = max(memory.reserved for memory in memories)
     for memory in memories:
-        sizes = [format_bytes(nbytes) for nbytes in (memory.reserved, memory.used, memory.wasted)]
+        sizes = [format_bytes(nbytes, 1) for nbytes in (memory.reserved, memory.used, memory.wasted)]
         bar = _bar(memory.used, memory.wasted, most, BAR if console.width >= WIDTH else BAR // 3)
         table.add_row(memory.name, *sizes, f"{memory.wasted_share:6.1%}", bar)
     console.print(table)
@@ -171,9 +171,9 @@ def _show_beams(console: Console, beams: Beams) -> None:
         f"model.generate(..., num_beams={beams.num_beams}); the result is compared with that of a DynamicCache",
     )
     table = _table("", "blocks", "memory", "")
-    table.add_row("PagedCache", str(beams.num_blocks), format_bytes(beams.nbytes), _verdict(beams.is_identical))
+    table.add_row("PagedCache", str(beams.num_blocks), format_bytes(beams.nbytes, 1), _verdict(beams.is_identical))
     table.add_row(f"{beams.num_beams} separate copies", str(beams.num_separate), "", "")
-    table.add_row("DynamicCache", "", format_bytes(beams.dynamic_nbytes), "")
+    table.add_row("DynamicCache", "", format_bytes(beams.dynamic_nbytes, 1), "")
     console.print(table)
 
 

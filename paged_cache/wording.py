@@ -7,11 +7,12 @@ def shown(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def format_bytes(count: float) -> str:
-    """In the binary unit that suits: 524288 -> "512 KiB"."""
+def format_bytes(count: float, decimals: int | None = None) -> str:
+    """In the binary unit that suits: 524288 -> "512 KiB", with `decimals=1` "512.0 KiB"."""
     value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.4g} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
         value /= 1024
-    return f"{value:.4g} TiB"
+    number = f"{value:.4g}" if decimals is None or unit == "B" else f"{value:.{decimals}f}"
+    return f"{number} {unit}"

@@ -65,10 +65,13 @@ def test_more_than_is_free_is_a_warning(machine: Callable[..., None], caplog: py
     assert "2.5 GiB of cpu for blocks; it has 3 GiB, 512 MiB free" in caplog.text
 
 
-def test_unknown_devices_are_left_to_torch(machine: Callable[..., None]) -> None:
-    """Nobody says what a device of another kind has: nothing is refused for it."""
+def test_unknown_devices_are_left_to_torch(machine: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody says what a device of another kind has: nothing is refused for it, or warned of."""
     machine(total=GIB, free=GIB)
-    sizes.require_room({torch.device("meta"): GIB}, 1000, 0)
+    assert machine_memory.total_memory(torch.device("meta")) is None
+    with caplog.at_level(logging.WARNING, logger="paged_cache"):
+        sizes.require_room({torch.device("meta"): GIB}, 1000, 0)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("version", "line"), [(2, "0::/jobs/mine"), (1, "4:cpu,memory:/jobs/mine")])

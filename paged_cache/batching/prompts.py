@@ -31,7 +31,7 @@ def as_prompts(prompts: Any, attention_mask: Any = None, pad_token_id: int | Non
             raise InvalidRequestError(
                 "attention_mask goes with a tensor of prompts [batch, length], or with as many lists."
             )
-        return [_shown(_integers(ids), mask) for ids, mask in zip(prompts, _lists(attention_mask), strict=True)]
+        return [_unmasked(_integers(ids), mask) for ids, mask in zip(prompts, _lists(attention_mask), strict=True)]
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable) or hasattr(prompts, "ndim"):
         raise InvalidRequestError(
             f"prompts is {type(prompts).__name__}: generate takes a list of prompts, [prompt] for one; submit takes one."
@@ -108,13 +108,13 @@ def _unpadded(prompt: Any, attention_mask: Any, pad_token_id: int | None) -> lis
         prompt, attention_mask = prompt["input_ids"], prompt.get("attention_mask", attention_mask)
     ids = _integers(prompt)
     if attention_mask is not None:
-        return _shown(ids, attention_mask)
+        return _unmasked(ids, attention_mask)
     if getattr(prompt, "ndim", 0) < 2:
         return ids
     return list(dropwhile(lambda token: token == pad_token_id, ids)) or ids[-1:]
 
 
-def _shown(ids: list[int], attention_mask: Any) -> list[int]:
+def _unmasked(ids: list[int], attention_mask: Any) -> list[int]:
     mask = _lists(attention_mask)
     if isinstance(mask, (list, tuple)) and len(mask) == 1 and isinstance(mask[0], (list, tuple)):
         mask = mask[0]
